@@ -1,0 +1,95 @@
+"""Round to nearest: each group gets a grid, each weight its nearest code. The baseline, and what needs no data.
+
+With activation weighting the scale search counts a column's error by the mean square of its input, the
+importance-matrix search of llama.cpp and of AutoRound's "opt-rtn".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qcore import Algorithm, BlockContext, Options, QuantConfig, QuantizedWeight, grid, hookimpl
+
+
+def group_grids(
+    W: Tensor, config: QuantConfig, method: str, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scales, zeros float32 [out, groups] and g_idx [in] for W [out, in], groups of consecutive columns.
+
+    importance: [in], the weight of each column's error in the search.
+    """
+    columns = W.shape[1]
+    size = columns if config.group_size == -1 else config.group_size
+    scales, zeros = [], []
+    for start in range(0, columns, size):
+        w = W[:, start : start + size]
+        if method == "minmax":
+            scale, zero = grid.minmax_grid(w, config.bits, config.sym)
+        else:
+            local = None if importance is None else importance[start : start + size]
+            scale, zero = grid.search_grid(w, config.bits, config.sym, local)
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.stack(scales, 1), torch.stack(zeros, 1), grid.group_index(columns, config.group_size, W.device)
+
+
+def round_to_nearest(
+    W: Tensor, config: QuantConfig, method: str, importance: Tensor | None = None, bias: Tensor | None = None
+) -> QuantizedWeight:
+    """Return W [out, in] rounded to its grids."""
+    W = W.float()
+    scales, zeros, g_idx = group_grids(W, config, method, importance)
+    codes = grid.quantize(W, grid.spread(scales, g_idx), grid.spread(zeros, g_idx), config.bits)
+    return QuantizedWeight(codes.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int32), g_idx, config, bias)
+
+
+class Rtn(Algorithm):
+    """Round to nearest."""
+
+    class Params(Options):
+        """grid: "minmax" covers every weight; "mse" searches the scale with the least square error.
+        activation_weighting: weigh the search by calibration inputs (needs calibration, only with "mse").
+        """
+
+        grid: Literal["minmax", "mse"] = "minmax"
+        activation_weighting: bool = False
+
+    params: Params
+    name = "rtn"
+    description = "round to nearest; min/max or searched scales; no calibration needed"
+    needs_calibration = False
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Only to weigh the search."""
+        return self.params.activation_weighting and self.params.grid == "mse"
+
+    def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
+        """Round every linear of the block."""
+        power: dict[str, Tensor] = {}  # sum of squared inputs [in], by the first linear of each group
+        if self.uses_calibration:
+
+            def visit(name: str, x: Tensor) -> None:
+                square = x.float().square().sum(0)
+                power[name] = power[name] + square if name in power else square
+
+            block.observe([group[0] for group in block.groups], visit)
+        results = {}
+        for group in block.groups:
+            for name in group:
+                linear = block.linears[name]
+                weight = round_to_nearest(
+                    linear.weight, linear.config, self.params.grid, power.get(group[0]), linear.bias
+                )
+                difference = weight.dequantize() - linear.weight.float()
+                block.record(name, error=float(difference.norm() / linear.weight.float().norm().clamp_min(1e-30)))
+                results[name] = weight
+        return results
+
+
+@hookimpl
+def qcore_algorithms() -> list[type[Algorithm]]:
+    return [Rtn]

@@ -1,0 +1,93 @@
+"""qcore: quantize large language models to 2 to 8 bits; every algorithm, model, kernel and format is a plugin.
+
+Names are imported when they are first used, so that `import qcore` stays fast and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapter": ("ModelAdapter",),
+    "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams"),
+    "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
+    "backend": ("Backend", "MatmulSpec"),
+    "calibration": ("CalibrationDataset", "CalibrationRequest"),
+    "checkpoint": ("ModelFolder", "TensorExporter"),
+    "config": ("Options", "Override", "QuantConfig"),
+    "errors": (
+        "BackendError",
+        "CalibrationError",
+        "CheckpointError",
+        "ConfigError",
+        "ModelError",
+        "PluginError",
+        "QcoreError",
+        "RunError",
+    ),
+    "exporter": ("Content", "Exporter", "LayerSpec"),
+    "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
+    "linear": ("QuantLinear",),
+    "weight": ("QuantizedWeight",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:
+    from . import grid as grid
+    from . import packing as packing
+    from . import testing as testing
+    from .adapter import ModelAdapter as ModelAdapter
+    from .algorithm import Algorithm as Algorithm
+    from .algorithm import BlockContext as BlockContext
+    from .algorithm import Linear as Linear
+    from .algorithm import NoParams as NoParams
+    from .api import evaluate as evaluate
+    from .api import inspect as inspect
+    from .api import load as load
+    from .api import quantize as quantize
+    from .api import report as report
+    from .api import save as save
+    from .backend import Backend as Backend
+    from .backend import MatmulSpec as MatmulSpec
+    from .calibration import CalibrationDataset as CalibrationDataset
+    from .calibration import CalibrationRequest as CalibrationRequest
+    from .checkpoint import ModelFolder as ModelFolder
+    from .checkpoint import TensorExporter as TensorExporter
+    from .config import Options as Options
+    from .config import Override as Override
+    from .config import QuantConfig as QuantConfig
+    from .errors import BackendError as BackendError
+    from .errors import CalibrationError as CalibrationError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import ModelError as ModelError
+    from .errors import PluginError as PluginError
+    from .errors import QcoreError as QcoreError
+    from .errors import RunError as RunError
+    from .exporter import Content as Content
+    from .exporter import Exporter as Exporter
+    from .exporter import LayerSpec as LayerSpec
+    from .hookspecs import PLUGIN_API_VERSION as PLUGIN_API_VERSION
+    from .hookspecs import hookimpl as hookimpl
+    from .linear import QuantLinear as QuantLinear
+    from .weight import QuantizedWeight as QuantizedWeight
+
+
+_MODULES = ("grid", "packing", "testing")  # modules that are public as such
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'qcore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,149 @@
+"""The second kind of plugin: a model adapter says where a family of models keeps its blocks and linears.
+
+A declaration, not a class to inherit from. `discover` makes one by looking at a model that nobody declared.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError, name_list
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """Where the decoder blocks are, and which linears share an input, in the order they run.
+
+    name: the adapter's own name. model_types: the `config.model_type`s it serves.
+    blocks: dotted name of the list of decoder blocks. linear_groups: names inside a block; each group shares one
+    input; groups stand in order of use; `*` matches one part of a name; a name that a block lacks is skipped, so that
+    one declaration can serve blocks that differ. before_blocks, after_blocks: modules that run before the first and
+    after the last block (what must be in memory to start). Empty: everything outside the blocks.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    linear_groups: tuple[tuple[str, ...], ...]
+    before_blocks: tuple[str, ...] = ()
+    after_blocks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what `discover` assumed
+
+    def find_blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return (dotted name, module) of each decoder block, in order.
+
+        Raises ModelError when the model has no such list.
+        """
+        from torch import nn
+
+        try:
+            blocks = model.get_submodule(self.blocks)
+        except AttributeError:
+            blocks = None
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            raise ModelError(
+                f"adapter {self.name!r} expects decoder blocks at {self.blocks!r}; {type(model).__name__} has none there. "
+                "Use another adapter, or none for the generic one."
+            )
+        return [(f"{self.blocks}.{index}", block) for index, block in enumerate(blocks)]
+
+    def groups_in(self, block: nn.Module) -> list[tuple[str, ...]]:
+        """Return the groups of linears this block really has, as names inside the block.
+
+        Raises ModelError when a linear of the block is in no group, or a group matches nothing at all.
+        """
+        present = linears_in(block)
+        groups: list[tuple[str, ...]] = []
+        for patterns in self.linear_groups:
+            for expanded in _expand(patterns, present):
+                if expanded:
+                    groups.append(expanded)
+        named = {name for group in groups for name in group}
+        missed = [name for name in present if name not in named]
+        if missed or not groups:
+            raise ModelError(
+                f"adapter {self.name!r} covers {name_list(sorted(named))} but the block has the linears "
+                f"{name_list(present, 20)}. Add the missing ones to linear_groups."
+            )
+        return groups
+
+
+def _expand(patterns: Sequence[str], present: Sequence[str]) -> list[tuple[str, ...]]:
+    """Give the names a group matches. With `*`, one group per value of the starred part (experts do not share)."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for pattern in patterns:
+        parts = pattern.split(".")
+        for name in present:
+            pieces = name.split(".")
+            if len(pieces) == len(parts) and all(fnmatch.fnmatchcase(a, b) for a, b in zip(pieces, parts, strict=True)):
+                key = tuple(piece for piece, part in zip(pieces, parts, strict=True) if "*" in part)
+                found.setdefault(key, []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear qcore quantizes: nn.Linear or transformers' Conv1D, subclasses included."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linears_in(block: nn.Module) -> list[str]:
+    """Names of the linears in a block, in module order."""
+    return [name for name, module in block.named_modules() if is_linear(module)]
+
+
+def find_block_list(model: nn.Module) -> str:
+    """Return the dotted name of the model's decoder blocks: the longest ModuleList of alike modules with linears.
+
+    Raises ModelError, saying what was looked for.
+    """
+    from torch import nn
+
+    best: tuple[int, str] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        kinds = Counter(type(block) for block in module)
+        alike = kinds.most_common(1)[0][1] == len(module)
+        weight = sum(linear_size(sub) for block in module for sub in block.modules() if is_linear(sub))
+        if alike and weight and (best is None or weight > best[0]):
+            best = (weight, name)
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList of modules of one class "
+            "that hold nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
+        )
+    return best[1]
+
+
+def linear_size(module: nn.Module) -> int:
+    """Number of weights of a linear."""
+    weight: Any = module.weight
+    return int(weight.numel())
+
+
+def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[str]]]) -> ModelAdapter:
+    """Make an adapter for a model nobody declared.
+
+    order_of_use: runs one forward pass and returns, for the block list of the given name, the groups of linears
+    that received the very same input, in the order they ran (blocks.py watches it).
+    """
+    blocks = find_block_list(model)
+    groups = tuple(tuple(group) for group in order_of_use(blocks))
+    shared = sum(len(group) for group in groups)
+    return ModelAdapter(
+        name="generic",
+        model_types=(),
+        blocks=blocks,
+        linear_groups=groups,
+        notes=(f"took {blocks!r} for the decoder blocks", f"saw {shared} linears with {len(groups)} distinct inputs"),
+    )

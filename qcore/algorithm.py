@@ -1,0 +1,104 @@
+"""The first kind of plugin: an algorithm turns the linears of one decoder block into QuantizedWeights.
+
+An algorithm sees one block at a time through `BlockContext` and decides what it watches. It never touches files,
+devices of other blocks, or the model around the block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .config import Options, QuantConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .weight import QuantizedWeight
+
+
+class NoParams(Options):
+    """The parameters of an algorithm that has none."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear to quantize.
+
+    name: its full dotted name in the model. weight: [out, in] in the compute dtype, whatever the module's own
+    layout (a Conv1D is transposed). bias: [out] in the model's own dtype, or None.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    config: QuantConfig
+
+
+class BlockContext(Protocol):
+    """What the core offers while one block is quantized.
+
+    Two streams of hidden states run through the model: the quantized stream, what this block receives when all
+    earlier blocks are quantized, and (only if the algorithm sets `float_stream`) the float stream of the original
+    model. Hidden states come batch by batch, [batch, length, hidden].
+    """
+
+    index: int  # which block, from 0
+    name: str  # its dotted name, "model.layers.3"
+    module: nn.Module  # the block itself, on `device`, in the compute dtype
+    device: torch.device
+    seed: int
+    linears: Mapping[str, Linear]  # by full name, in order of use
+    groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
+
+    def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
+        """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.
+
+        x is [tokens, in_features] with padding removed, once per batch. Linears given by `replace` act with their
+        quantized weight. With `paired`, `visit(name, x, x_float)` also gets the same tokens' inputs in the
+        float model (needs `float_stream`). A batch stops as soon as every named linear has been seen.
+        """
+
+    def replace(self, name: str, weight: QuantizedWeight) -> None:
+        """From now on, replays run this linear with its quantized weight."""
+
+    def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        """Yield each batch's (hidden states, keyword arguments of the block, valid-token mask or None)."""
+
+    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run the block as it stands and return its hidden states."""
+
+    def record(self, name: str, **facts: Any) -> None:
+        """Put facts about a linear into the report: error (relative), note (anything a user should know)."""
+
+
+class Algorithm(ABC):
+    """Base of every algorithm plugin. Subclass, set the class attributes, implement `quantize_block`.
+
+    An instance holds validated `params` and nothing else that changes: a run must be resumable at any block.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+    Params: ClassVar[type[Options]] = NoParams
+    needs_calibration: ClassVar[bool] = True
+
+    def __init__(self, **params: Any) -> None:
+        self.params = self.Params.parse(params, f"algorithm {self.name!r}")
+
+    @property
+    def float_stream(self) -> bool:
+        """Whether this run needs the float model's hidden states beside the quantized ones (twice the memory)."""
+        return False
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether these parameters need calibration data at all."""
+        return self.needs_calibration
+
+    @abstractmethod
+    def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
+        """Return a QuantizedWeight for every linear in `block.linears`."""

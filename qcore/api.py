@@ -1,0 +1,491 @@
+"""The public functions: quantize, save, load, convert's parts, evaluate, report, inspect.
+
+Each is a short list of steps; the steps live in the files this one imports.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .algorithm import Algorithm
+from .calibration import Calibration, CalibrationRequest, prepare
+from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, disk_errors, read_json, resolve_model
+from .config import Override, QuantConfig
+from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
+from .evaluation import measure, windows_of
+from .exporter import Content, Exporter, LayerSpec
+from .linear import QuantLinear, replace_module
+from .model import (
+    FolderWeights,
+    ModuleWeights,
+    compute_dtype,
+    load_float,
+    load_quantized,
+    load_tokenizer,
+    match_keys,
+    skeleton,
+    stored_dtype,
+)
+from .plugins import Plugins, installed
+from .run import (
+    Job,
+    Journal,
+    _announce,
+    _model_dtype,
+    _vocabulary,
+    check_format,
+    check_model,
+    find_adapter,
+    plan_linears,
+    provenance,
+    quantize_blocks,
+    quantize_to_folder,
+)
+from .weight import QuantizedWeight
+
+DEFAULT_ALGORITHM = "gptq"
+DEFAULT_FORMAT = "gptq"
+DEFAULT_CALIBRATION = "topics"
+
+
+@dataclass
+class Info:
+    """What qcore knows of a model it made or loaded; kept as `model.qcore_info`."""
+
+    report: dict[str, Any]
+    tokenizer: Any | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None  # config.json of the folder it came from
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
+
+
+def quantize(
+    model: nn.Module | str | Path,
+    algo: str | Algorithm = DEFAULT_ALGORITHM,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    overrides: Sequence[Override | str | Mapping[str, Any]] = (),
+    calibration: Any = None,
+    samples: int = 128,
+    seqlen: int = 2048,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    output: str | Path | None = None,
+    format: str = DEFAULT_FORMAT,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    plugins: Plugins | None = None,
+    **params: Any,
+) -> Any:
+    """Quantize the linears of a model's decoder blocks.
+
+    model: an nn.Module (changed in place; pass tokenizer= for text calibration), a folder, a hub name, or a name a
+        plugin resolves ("demo").
+    algo: an algorithm's name or an Algorithm object; its own options go in as further keywords.
+    bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
+    calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
+        pass (None: chosen by size). seed: for everything random.
+    device: "auto" takes a GPU when there is one. adapter: an adapter's name; None goes by the model's type.
+    output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
+
+    Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
+    Raises a QcoreError child for everything the caller can cause.
+
+    Example: `model = qcore.quantize("demo", bits=4, group_size=64, desc_act=True)`
+    """
+    plugins = plugins or installed()
+    config = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "quantize")
+    algorithm = _algorithm(plugins, algo, params)
+    exporter: Exporter = plugins.get("format", format)
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_output(target)
+    place = pick_device(device)
+    folder = None
+    if isinstance(model, nn.Module):
+        if target is not None:
+            raise ConfigError("output= streams from a folder; for an nn.Module leave it out and call qcore.save.")
+        network, label = model.eval(), type(model).__name__
+    else:
+        folder, label = ModelFolder(resolve_model(str(model), plugins, revision)), str(model)
+        if folder.config.get("quantization_config"):
+            check_model(nn.Module(), folder)
+        working = compute_dtype(stored_dtype(folder), place)
+        network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
+        tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
+    weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
+    check_model(network, folder)
+    chosen = find_adapter(network, weights, plugins, place, adapter)
+    job = Job(
+        model=network,
+        weights=weights,
+        adapter=chosen,
+        algorithm=algorithm,
+        config=config,
+        linears=plan_linears(network, chosen, config, [_override(each) for each in overrides]),
+        device=place,
+        dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
+        seed=seed,
+        batch_size=batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
+        calibration=None,
+        label=label,
+        blocks=chosen.find_blocks(network),
+    )
+
+    def float_model() -> nn.Module:
+        if folder is None or target is None:
+            return network
+        return load_float(folder, trust_remote_code, job.dtype).to(place)
+
+    def make_calibration() -> Calibration:
+        request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
+        source = DEFAULT_CALIBRATION if calibration is None else calibration
+        return prepare(source, request, _vocabulary(network), plugins, _longest(network))
+
+    if target is None:
+        if algorithm.uses_calibration:
+            job.calibration = make_calibration()
+        return _quantize_in_place(job, plugins, tokenizer, folder)
+    assert folder is not None
+    check_format(job, exporter)
+    journal = Journal(target, fresh)
+    try:
+        if algorithm.uses_calibration:
+            asked = {"source": repr(calibration), "samples": samples, "seqlen": seqlen, "seed": seed}
+            job.calibration = journal.calibration(make_calibration, asked)
+        report = quantize_to_folder(job, folder, journal, exporter, plugins)
+    finally:
+        journal.close()
+    _LAST_REPORTS[target.resolve()] = report
+    return target
+
+
+#: reports of runs of this process, which know the times that folders do not hold
+_LAST_REPORTS: dict[Path, dict[str, Any]] = {}
+
+
+def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any]) -> Algorithm:
+    if isinstance(algo, Algorithm):
+        if params:
+            raise ConfigError(
+                f"unknown option {next(iter(params))!r}: an Algorithm object has its own options already."
+            )
+        return algo
+    kind: type[Algorithm] = plugins.get("algorithm", algo)
+    for name in params:
+        if name not in kind.Params.model_fields:
+            known = {*kind.Params.model_fields, *(quantize.__kwdefaults__ or {})} - {"plugins"}
+            raise ConfigError(f"neither quantize nor algorithm {algo!r} has an option {name!r}. {suggest(name, known)}")
+    return kind(**params)
+
+
+def _override(value: Override | str | Mapping[str, Any]) -> Override:
+    if isinstance(value, Override):
+        return value
+    return Override.from_text(value) if isinstance(value, str) else Override.parse(value, "override")
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Return the device meant; "auto" is the first GPU, or the CPU.
+
+    Raises ConfigError for a device this machine has not.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def _longest(model: nn.Module) -> int | None:
+    """The longest sequence the model's positions reach, where its config tells."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
+    """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
+    hook = plugins.manager.hook
+    hook.qcore_run_started(
+        plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()}
+    )
+    backends = plugins.usable("backend")
+    records: list[dict[str, Any]] = []
+    for _, results, found in quantize_blocks(job, None, _announce(hook)):
+        records += found
+        for name, weight in results.items():
+            original = job.model.get_submodule(name).weight
+            assert isinstance(original, Tensor)
+            kept = _CompactSource(weight)
+            linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
+            replace_module(job.model, name, linear)
+    report = {**job.describe(), "layers": records}
+    job.model.qcore_info = _info(report, tokenizer, job.model, folder)  # type: ignore[assignment]
+    hook.qcore_run_finished(report=report)
+    return job.model
+
+
+def _info(report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None) -> Info:
+    if folder is None:
+        return Info(report, tokenizer)
+    keys = match_keys(model, folder.tensors, partial=True)
+    dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
+    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes)
+
+
+class _CompactSource:
+    """Holds a weight's exact canonical form, codes packed, in host memory."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.tensors, self.config = weight.to_tensors(), weight.config
+
+    def __call__(self) -> QuantizedWeight:
+        return QuantizedWeight.from_tensors(self.tensors, self.config)
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = DEFAULT_FORMAT,
+    *,
+    tokenizer: Any = None,
+    plugins: Plugins | None = None,
+) -> Path:
+    """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
+
+    Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
+    the folder cannot be written.
+    """
+    plugins = plugins or installed()
+    exporter: Exporter = plugins.get("format", format)
+    target = Path(folder)
+    with content_of(model, tokenizer) as content, complete_folder(target) as draft:
+        exporter.save(content, draft)
+    return target
+
+
+@contextmanager
+def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
+    """A quantized model in memory as the neutral stream that formats write."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
+    info: Info = getattr(model, "qcore_info", None) or Info({})
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.rpartition(".")[0] not in linears
+    }
+    config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
+    config.pop("quantization_config", None)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = dict(info.files)
+        tokenizer = tokenizer or (None if files else info.tokenizer)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if getattr(model, "generation_config", None) is not None and "generation_config.json" not in files:
+            model.generation_config.save_pretrained(scratch)  # type: ignore[operator, union-attr]
+        files |= {file.name: file for file in sorted(Path(scratch).iterdir()) if file.is_file()}
+        yield Content(
+            config=config,
+            layers={
+                name: LayerSpec(name, module.config, module.in_features, module.out_features, module.spec.act_order)
+                for name, module in linears.items()
+            },
+            weight=lambda name: linears[name].weight_source(),
+            tensors=list(state),
+            tensor=lambda name: state[name].to(info.dtypes.get(name, state[name].dtype)),
+            provenance=provenance(
+                {k: v for k, v in info.report.items() if k != "layers"}, info.report.get("layers", [])
+            ),
+            files=files,
+        )
+
+
+def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter, Content]:
+    """Find out a quantized folder's format and open it as a stream.
+
+    Raises CheckpointError when it is not quantized, or no installed format reads it.
+    """
+    plugins = plugins or installed()
+    config = ModelFolder(folder).config
+    exporters: dict[str, Exporter] = plugins.usable("format")
+    for exporter in exporters.values():
+        if exporter.detects(folder, config):
+            return exporter, exporter.open(folder)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        raise CheckpointError(f"{folder} is not quantized; open it with transformers, or quantize it first.")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise CheckpointError(
+        f"{folder} says quant_method {method!r}, which no installed format reads: {suggest(str(method), exporters)}"
+    )
+
+
+def load(
+    model: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    plugins: Plugins | None = None,
+) -> Any:
+    """Open a quantized folder or hub repository as an ordinary transformers model.
+
+    backend: a backend's name, or "auto": the highest-ranked one that can serve each layer. dtype: of activations and of
+    what is not quantized (None: as stored; float32 in place of half types on a CPU). device_map: as in accelerate.
+
+    Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer.
+    """
+    plugins = plugins or installed()
+    folder = resolve_model(str(model), plugins, revision)
+    exporter, content = open_content(folder, plugins)
+    backends = plugins.usable("backend")
+    if backend != "auto":
+        backends = {backend: plugins.get("backend", backend)}
+    place = pick_device(device)
+    network = load_quantized(
+        content, folder, backends, backend=backend, device=place, dtype=dtype, device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    found = dict(content.provenance)
+    layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
+    report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
+    network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder))  # type: ignore[assignment]
+    return network
+
+
+def _plain_record(layer: LayerSpec) -> dict[str, Any]:
+    shape = [layer.out_features, layer.in_features]
+    return {
+        "name": layer.name,
+        "shape": shape,
+        **layer.config.model_dump(),
+        "act_order": layer.act_order,
+        "error": None,
+    }
+
+
+def open_any(
+    model: nn.Module | str | Path,
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    plugins: Plugins | None = None,
+) -> tuple[nn.Module, Any]:
+    """Return (model, tokenizer) for a module, a float folder or a quantized one."""
+    plugins = plugins or installed()
+    if isinstance(model, nn.Module):
+        info: Info | None = getattr(model, "qcore_info", None)
+        return model.eval(), info.tokenizer if info else None
+    path = resolve_model(str(model), plugins)
+    folder = ModelFolder(path)
+    place = pick_device(device)
+    if folder.config.get("quantization_config"):
+        network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins)
+    else:
+        network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
+    return network, load_tokenizer(path, trust_remote_code)
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    text: str | Tensor,
+    *,
+    reference: nn.Module | str | Path | None = None,
+    seqlen: int = 512,
+    windows: int | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    plugins: Plugins | None = None,
+) -> dict[str, float]:
+    """Measure perplexity, and KL divergence to a reference model, on held-out text.
+
+    text: a string, or token ids. windows: how many to use at most. See qcore.evaluation for the definitions.
+
+    Returns {"perplexity": …, "kl": …, "reference_perplexity": …, "windows": …, "seqlen": …, "tokens": …}.
+    """
+    network, own_tokenizer = open_any(model, device, trust_remote_code, plugins)
+    other, other_tokenizer = (None, None)
+    if reference is not None:
+        other, other_tokenizer = open_any(reference, device, trust_remote_code, plugins)
+    ids = windows_of(text, tokenizer or own_tokenizer or other_tokenizer, seqlen, windows)
+    return measure(network, ids, other)
+
+
+def report(model: nn.Module | str | Path) -> dict[str, Any]:
+    """Return how a model or folder was quantized: algorithm, parameters, calibration, and per layer name, bits, error, seconds.
+
+    seconds are known only in the process that ran; folders hold no times.
+    """
+    if isinstance(model, nn.Module):
+        info: Info | None = getattr(model, "qcore_info", None)
+        if info is None:
+            raise ModelError(f"{type(model).__name__} was not made by qcore, so there is no report.")
+        return info.report
+    path = Path(model).resolve()
+    if path in _LAST_REPORTS:
+        return _LAST_REPORTS[path]
+    if not (path / PROVENANCE).is_file():
+        raise ModelError(f"{model} has no {PROVENANCE}: qcore did not write it. `qcore inspect` shows what is in it.")
+    return read_json(path / PROVENANCE)
+
+
+def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any]:
+    """Describe a quantized folder: format, sizes, bits per weight, every layer, where it came from.
+
+    Raises CheckpointError when the folder is damaged or not quantized.
+    """
+    path = Path(folder)
+    exporter, content = open_content(path, plugins)
+    files = ModelFolder(path)
+    weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())
+    floats = set(content.tensors)
+    quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)
+    records = {record["name"]: record for record in content.provenance.get("layers", [])}
+    with disk_errors(f"reading {path}"):
+        size = files.size()
+    return {
+        "format": exporter.name,
+        "model_type": files.config.get("model_type"),
+        "size": size,
+        "size_float16": 2 * (weights + sum(torch.Size(files.tensors[name].shape).numel() for name in floats)),
+        "quantized_weights": weights,
+        "bits_per_weight": 8 * quantized_bytes / weights if weights else None,
+        "layers": [{**_plain_record(layer), **records.get(name, {})} for name, layer in content.layers.items()],
+        "float_tensors": sorted(floats),
+        "provenance": {key: value for key, value in content.provenance.items() if key != "layers"},
+        "notes": list(content.notes),
+    }
+
+
+def _bytes(info: Any) -> int:
+    return int(torch.Size(info.shape).numel()) * int(info.dtype.itemsize)
+
+
+__all__ = ["QcoreError", "content_of", "evaluate", "inspect", "load", "open_content", "quantize", "report", "save"]

@@ -1,0 +1,410 @@
+"""The walk over decoder blocks: bring in, observe, replay, let go.
+
+`capture` runs the model's own forward once with every block replaced by a recorder, so that whatever a model passes to
+its blocks (masks, rotary embeddings, per-layer variants of both) is what they get here. `Block` is the BlockContext
+that algorithms see.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import is_linear, linears_in
+from .algorithm import Linear
+from .config import QuantConfig
+from .errors import ModelError, RunError
+from .linear import set_weight, weight_of
+from .weight import QuantizedWeight
+
+#: linear outputs of one block kept between replays, so that finished linears are not computed again
+MEMO_BYTES = 2 * 10**9
+
+
+@dataclass
+class Stream:
+    """Hidden states between two blocks: one tensor [batch, length, hidden] per calibration batch."""
+
+    hidden: list[Tensor]
+
+
+@dataclass
+class Captured:
+    """What one pass over the embeddings yields: block 0's inputs, and per block and batch the keyword arguments."""
+
+    stream: Stream
+    kwargs: list[list[dict[str, Any]]]  # [block][batch]
+    masks: list[Tensor | None]  # [batch], bool [batch, length]
+
+
+class _Enough(Exception):
+    """Everything wanted from this forward pass has been seen."""
+
+
+def capture(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[tuple[Tensor, Tensor | None]],
+    device: torch.device,
+    keep_on: torch.device,
+) -> Captured:
+    """Run what stands before the blocks on every batch and record what each block would be called with.
+
+    Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
+    """
+    for as_tuple in (False, True):
+        recorders = [_Recorder(block, as_tuple) for block in blocks]
+        stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
+        try:
+            for block, recorder in zip(blocks, recorders, strict=True):
+                block.forward = recorder
+            for ids, mask in batches:
+                for recorder in recorders:
+                    recorder.call = None
+                recorders[-1].stop = True
+                attention = None if mask is None else mask.to(device, torch.int64)
+                _run_until_enough(model, ids.to(device), attention)
+                if not all(recorder.call for recorder in recorders) or not _unchanged(recorders):
+                    break
+                stream.hidden.append(_first(recorders).to(keep_on))
+                for index, recorder in enumerate(recorders):
+                    previous = kwargs[index][-1] if kwargs[index] else {}
+                    kwargs[index].append(_reuse(_own(recorder.call[1], keep_on), previous))  # type: ignore[index]
+            else:
+                return Captured(stream, kwargs, [mask for _, mask in batches])
+        finally:
+            for block in blocks:
+                del block.forward
+    raise ModelError(
+        f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
+        f"{len(blocks)} blocks; it cannot be quantized block by block."
+    )
+
+
+def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -> None:
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=attention, use_cache=False)
+    except _Enough:
+        pass
+
+
+class _Recorder:
+    """Stands in for a block's forward: notes the call and passes the hidden states on untouched."""
+
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+        self.signature = inspect.signature(type(block).forward)
+        self.as_tuple, self.stop = as_tuple, False
+        self.call: tuple[Tensor, dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = split_call(self.signature, args, kwargs)
+        if self.stop:
+            raise _Enough
+        return (self.call[0],) if self.as_tuple else self.call[0]
+
+
+def split_call(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return (hidden states, all else by keyword) of a block call, caches left out."""
+    names = [name for name in signature.parameters if name != "self"]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    hidden = given.pop(names[0])
+    for name in ("past_key_value", "past_key_values", "layer_past", "use_cache"):
+        if given.get(name) is not None:
+            given[name] = False if name == "use_cache" else None
+    return hidden, given
+
+
+def _first(recorders: Sequence[_Recorder]) -> Tensor:
+    call = recorders[0].call
+    assert call is not None
+    return call[0]
+
+
+def _unchanged(recorders: Sequence[_Recorder]) -> bool:
+    first = _first(recorders)
+    return all(r.call is not None and isinstance(r.call[0], Tensor) and r.call[0] is first for r in recorders)
+
+
+def _own(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a nested value."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_own(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _own(item, device) for key, item in value.items()}
+    return value
+
+
+def _reuse(value: Any, previous: Any) -> Any:
+    """Return `value` with every tensor equal to the one in `previous` replaced by it: batches share their masks."""
+    if isinstance(value, Tensor):
+        same = isinstance(previous, Tensor) and value.shape == previous.shape and value.dtype == previous.dtype
+        return previous if same and torch.equal(value, previous) else value
+    if isinstance(value, (list, tuple)) and isinstance(previous, (list, tuple)) and len(value) == len(previous):
+        return type(value)(_reuse(a, b) for a, b in zip(value, previous, strict=True))
+    if isinstance(value, dict) and isinstance(previous, dict):
+        return {key: _reuse(item, previous.get(key)) for key, item in value.items()}
+    return value
+
+
+@dataclass
+class Block:
+    """One decoder block under work; implements algorithm.BlockContext (see there)."""
+
+    index: int
+    name: str
+    module: nn.Module
+    device: torch.device
+    seed: int
+    linears: Mapping[str, Linear]
+    groups: Sequence[tuple[str, ...]]
+    stream: Stream | None
+    float_inputs: Stream | None
+    kwargs: list[dict[str, Any]]
+    masks: list[Tensor | None]
+    records: dict[str, dict[str, Any]]
+    memo_bytes: int = MEMO_BYTES
+    _memo: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    _batch: int | None = None  # which batch a memoising replay is at
+
+    def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
+        if paired and self.float_inputs is None:
+            raise RunError("paired observation needs an algorithm with float_stream.")
+        for number, (hidden, kwargs, mask) in enumerate(self.batches()):
+            seen = self._inputs(names, hidden, kwargs, mask, number)
+            if not paired:
+                for name, x in seen.items():
+                    visit(name, x)
+                continue
+            assert self.float_inputs is not None
+            with self.original_weights():
+                float_hidden = self.float_inputs.hidden[number].to(self.device)
+                original = self._inputs(names, float_hidden, kwargs, mask, None)
+            for name, x in seen.items():
+                if x.shape != original[name].shape:
+                    raise RunError(
+                        f"{name}: quantized and float inputs differ in shape; routing differs between streams."
+                    )
+                visit(name, x, original[name])
+
+    def replace(self, name: str, weight: QuantizedWeight) -> None:
+        set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
+        # outputs kept from before are stale for this linear and for every group behind its own
+        position = next(i for i, group in enumerate(self.groups) if name in group)
+        for group in self.groups[position + 1 :]:
+            for other in group:
+                self._memo.pop(other, None)
+        self._memo[name] = {}
+
+    def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        source = self.float_inputs if float_stream else self.stream
+        if source is None:
+            raise RunError("this algorithm asked for calibration data it did not declare.")
+        for hidden, kwargs, mask in zip(source.hidden, self.kwargs, self.masks, strict=True):
+            yield hidden.to(self.device), _own(kwargs, self.device), mask
+
+    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        output = self.module(hidden, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+
+    def record(self, name: str, **facts: Any) -> None:
+        self.records[name].update(facts)
+
+    def original_weights(self) -> _OriginalWeights:
+        """A context in which every linear has its float weight again."""
+        return _OriginalWeights(self)
+
+    @torch.no_grad()
+    def advance(self, stream: Stream, *, original: bool = False) -> None:
+        """Send a stream's hidden states through the block, in place.
+
+        Raises RunError when they become NaN or Inf, naming the block.
+        """
+        for number, kwargs in enumerate(self.kwargs):
+            hidden = stream.hidden[number]
+            inputs, arguments = hidden.to(self.device), _own(kwargs, self.device)
+            if original:
+                output = self.forward(inputs, arguments)
+            else:
+                with _Memoised(self, number):
+                    output = self.forward(inputs, arguments)
+            mask = self.masks[number]
+            if not bool(torch.isfinite(output if mask is None else output[mask.to(output.device)]).all()):
+                raise RunError(
+                    f"the hidden states after block {self.name} hold NaN or Inf"
+                    f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
+                    "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
+                )
+            stream.hidden[number] = output.to(hidden.device)
+
+    def _module(self, name: str) -> nn.Module:
+        return self.module.get_submodule(name.removeprefix(f"{self.name}."))
+
+    @torch.no_grad()
+    def _inputs(
+        self, names: Sequence[str], hidden: Tensor, kwargs: dict[str, Any], mask: Tensor | None, memo_for: int | None
+    ) -> dict[str, Tensor]:
+        """Run one batch until every named linear has been called; return their inputs as [tokens, in]."""
+        seen: dict[str, list[Tensor]] = {}
+        hooks = []
+        for name in names:
+
+            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen.setdefault(name, []).append(_tokens(args[0], mask))
+                if len(seen) == len(names):
+                    raise _Enough
+
+            hooks.append(self._module(name).register_forward_pre_hook(note))
+        try:
+            if memo_for is None:
+                self.forward(hidden, kwargs)
+            else:
+                with _Memoised(self, memo_for):
+                    self.forward(hidden, kwargs)
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.to(x.device)]
+    if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
+        return x[mask.reshape(-1).to(x.device)]
+    return x.reshape(-1, x.shape[-1])
+
+
+class _OriginalWeights:
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.current: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        for name, linear in self.block.linears.items():
+            module = self.block._module(name)
+            self.current[name] = module.weight
+            set_weight(module, linear.weight)
+
+    def __exit__(self, *_: object) -> None:
+        for name, weight in self.current.items():
+            self.block._module(name).weight = weight
+
+
+class _Memoised:
+    """While active, finished linears return the output they gave for this batch in an earlier replay.
+
+    Replaying a block once per group of linears would compute the first groups again and again. Their weights are
+    final and their inputs the same, so their outputs are too: within a budget they are kept, exactly.
+    """
+
+    def __init__(self, block: Block, batch: int) -> None:
+        self.block, self.batch = block, batch
+
+    def __enter__(self) -> None:
+        for name in self.block._memo:
+            module = self.block._module(name)
+            module.forward = self._wrap(name, module)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.block._memo:
+            del self.block._module(name).forward
+
+    def _wrap(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        kept = self.block._memo[name]
+        compute = type(module).forward
+        calls = 0
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 1 and self.batch in kept:
+                return kept[self.batch]
+            output: Tensor = compute(module, x)
+            if calls == 1 and output.numel() * output.element_size() <= self.block.memo_bytes:
+                self.block.memo_bytes -= output.numel() * output.element_size()
+                kept[self.batch] = output
+            return output
+
+        return forward
+
+
+def make_block(
+    index: int,
+    name: str,
+    module: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    plan: Mapping[str, QuantConfig | None],
+    dtype_of: Callable[[str], torch.dtype],
+    captured: Captured | None,
+    float_inputs: Stream | None,
+    device: torch.device,
+    seed: int,
+) -> Block:
+    """Set up a block whose weights are in memory. Linears whose plan is None stay out of `linears` and `groups`."""
+    linears: dict[str, Linear] = {}
+    for group in groups:
+        for short in group:
+            full = f"{name}.{short}"
+            config = plan[full]
+            if config is not None:
+                linear = module.get_submodule(short)
+                bias = getattr(linear, "bias", None)
+                bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{full}.bias"))
+                linears[full] = Linear(full, weight_of(linear).detach().contiguous(), bias, config)
+    named = [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in groups]
+    return Block(
+        index=index,
+        name=name,
+        module=module,
+        device=device,
+        seed=seed + index,
+        linears=linears,
+        groups=[group for group in named if group],
+        stream=captured.stream if captured else None,
+        float_inputs=float_inputs,
+        kwargs=captured.kwargs[index] if captured else [],
+        masks=captured.masks if captured else [],
+        records={full: {} for full in linears},
+    )
+
+
+@torch.no_grad()
+def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
+
+    Linears that did not run (experts no token went to) come last, each alone.
+    """
+    inputs: list[tuple[Tensor, list[str]]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            for known, names in inputs:
+                if known.data_ptr() == x.data_ptr() and known.shape[-1] == x.shape[-1] and known.numel() == x.numel():
+                    if name not in names:
+                        names.append(name)
+                    return
+            inputs.append((x, [name]))  # holding x keeps its memory from being reused under another input
+
+        return note
+
+    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
+    try:
+        module(hidden, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups = [tuple(names) for _, names in inputs]
+    ran = {name for group in groups for name in group}
+    return groups + [(name,) for name in linears_in(module) if name not in ran]

@@ -1,0 +1,454 @@
+"""Model folders: streaming safetensors in and out, complete or absent, everything from a file validated.
+
+`ModelFolder` reads, `ShardWriter` writes tensor by tensor, `complete_folder` makes an output appear by rename, and
+`TensorExporter` is the base of formats kept in safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError, ModelError, QcoreError, name_list
+from .exporter import Content, Exporter, LayerSpec
+from .weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from .plugins import Plugins
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: the file in an output folder that says how it was made
+PROVENANCE = "qcore.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_CARRIED = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_config|preprocessor|processor|spiece"
+    r"|sentencepiece|LICENSE|NOTICE).*|.*\.(model|tiktoken|py)"
+)
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn what the file system or safetensors says into a CheckpointError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{doing}: not a valid safetensors file ({error}).") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(f"{doing}: the disk is full. Free some space and run again.") from error
+        raise CheckpointError(f"{doing}: {error.strerror or error}.") from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a neighbour file, flush it to disk, then rename it to `path`."""
+    draft = path.with_name(f"{path.name}.tmp")
+    with disk_errors(f"writing {path}"):
+        try:
+            write(draft)
+            _sync(draft)
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises CheckpointError when the file is missing, no JSON, or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is: file, dtype, shape."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ModelFolder:
+    """A Hugging Face model folder in safetensors, read tensor by tensor.
+
+    Raises ModelError when there is no model to read (no folder, no config.json, pickle weights only) and
+    CheckpointError when there is one but its files are damaged or contradict each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise ModelError(f"there is no folder {path}. Give a folder, a hub name or a model file.")
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+        self.config = read_json(path / "config.json")
+        self.tensors = self._index()
+
+    def _files(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            weight_map = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise CheckpointError(f"{self.path / INDEX} has no weight_map of strings.")
+            return sorted(set(weight_map.values()))
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        found = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        if found:
+            raise CheckpointError(
+                f"{self.path} has {len(found)} safetensors files and no {INDEX} to say what is in them."
+            )
+        pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise ModelError(
+                f"{self.path} has only pickle weights ({name_list(pickles, 3)}), which can run code when opened. "
+                "Convert it once with transformers: save_pretrained(..., safe_serialization=True)."
+            )
+        raise ModelError(f"{self.path} has no *.safetensors weights.")
+
+    def _index(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for file in self._files():
+            path = self.path / file
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError(f"{self.path}: shard name {file!r} leaves the folder.")
+            if not path.is_file():
+                raise CheckpointError(f"{self.path}: shard {file} named by {INDEX} is missing.")
+            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    if name in tensors:
+                        raise CheckpointError(f"{self.path}: tensor {name} is in {tensors[name].file} and in {file}.")
+                    view = handle.get_slice(name)
+                    dtype = DTYPES.get(view.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(
+                            f"{path}: tensor {name} has dtype {view.get_dtype()}, which is not supported."
+                        )
+                    tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
+        return tensors
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) copies, opening each file once per call; nothing stays mapped afterwards."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path} has no tensor {name}.")
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            with disk_errors(f"reading {self.path / file}"), safe_open(self.path / file, "pt") as handle:
+                for name in wanted:
+                    yield name, handle.get_tensor(name).clone()
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return next(self.read([name]))[1]
+
+    def carried_files(self) -> dict[str, Path]:
+        """Small files that belong to the model whatever its weights: tokenizer, templates, generation config, code."""
+        return {
+            file.name: file for file in sorted(self.path.iterdir()) if file.is_file() and _CARRIED.fullmatch(file.name)
+        }
+
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum((self.path / file).stat().st_size for file in {info.file for info in self.tensors.values()})
+
+
+class ShardWriter:
+    """Writes tensors one by one into safetensors shards of at most `limit` bytes, then the index.
+
+    A safetensors header stands before the data and lists every offset, so room for it is reserved and padded with
+    the spaces the format allows; memory never holds more than one tensor.
+    """
+
+    HEADER_ROOM = 256  # bytes per tensor: name, dtype, shape, offsets
+
+    def __init__(self, folder: Path, expected: Iterable[str], limit: int = 5 * 10**9) -> None:
+        self.folder, self.limit = folder, limit
+        self.room = 1024 + sum(self.HEADER_ROOM + len(name.encode()) for name in expected)
+        self.shards: list[tuple[Path, dict[str, Any]]] = []
+        self.total = 0
+        self._file: Any = None
+        self._written = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor; shapes, dtype and order are kept."""
+        size = tensor.numel() * tensor.element_size()
+        if self._file is None or (self._written and self._written + size > self.limit):
+            self._finish_shard()
+            path = self.folder / f"shard-{len(self.shards):05d}.part"
+            with disk_errors(f"writing {path}"):
+                self._file = path.open("wb")
+                self._file.write(b" " * (8 + self.room))
+            self.shards.append((path, {}))
+            self._written = 0
+        path, header = self.shards[-1]
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which safetensors cannot hold here.")
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._written, self._written + size],
+        }
+        with disk_errors(f"writing {path}"):
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._written += size
+        self.total += size
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        path, header = self.shards[-1]
+        encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        if len(encoded) > self.room:
+            raise CheckpointError(f"the header of {path} needs {len(encoded)} bytes, {self.room} were reserved.")
+        with disk_errors(f"writing {path}"):
+            self._file.seek(0)
+            self._file.write(self.room.to_bytes(8, "little") + encoded)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = None
+
+    def close(self) -> None:
+        """Finish the last shard, give the files their names, write the index when there is more than one."""
+        self._finish_shard()
+        count = len(self.shards)
+        weight_map = {}
+        for number, (path, header) in enumerate(self.shards, 1):
+            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.replace(path, self.folder / name)
+            weight_map.update(dict.fromkeys(header, name))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / INDEX, index)
+
+
+@contextlib.contextmanager
+def complete_folder(target: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Give a draft folder that becomes `target` by rename when the block ends well, and vanishes when it does not.
+
+    Raises CheckpointError when target exists and is not an empty folder, or cannot be made.
+    """
+    check_output(target)
+    draft = scratch or target.with_name(f"{target.name}.writing")
+    with disk_errors(f"making {draft}"):
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True)
+    try:
+        yield draft
+        with disk_errors(f"finishing {target}"):
+            for file in draft.iterdir():
+                _sync(file)
+            if target.exists():
+                target.rmdir()
+            os.replace(draft, target)
+            _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def check_output(target: Path) -> None:
+    """Refuse an output that exists with something in it, or whose parent cannot be written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"output {target} exists already. Choose another folder or remove it first.")
+    with disk_errors(f"output {target} cannot be made"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise CheckpointError(f"output {target} cannot be made: {target.parent} is not writable.")
+
+
+class TensorExporter(Exporter):
+    """Base of formats that keep each quantized linear as a few named tensors in safetensors.
+
+    Subclasses map one layer to tensors and back (`encode`, `decode`), say which layers a folder holds (`layers_in`)
+    and write the config (`quantization_config`). Saving streams, carries along every other tensor, and then proves
+    itself: the folder is reopened and every weight compared bit for bit.
+    """
+
+    shard_bytes: int = 5 * 10**9
+
+    @abstractmethod
+    def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Return full tensor name -> tensor, bias left out."""
+
+    @abstractmethod
+    def layers_in(self, folder: ModelFolder, quantization: Mapping[str, Any]) -> dict[str, LayerSpec]:
+        """Return the quantized linears of a folder, checked against tensor names, dtypes and shapes."""
+
+    @abstractmethod
+    def decode(
+        self, layer: LayerSpec, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
+    ) -> QuantizedWeight:
+        """Return the weight of a layer from its tensors, keyed by their suffix ("qweight"), bias included."""
+
+    @abstractmethod
+    def quantization_config(self, content: Content) -> dict[str, Any]:
+        """Return what stands in config.json under quantization_config."""
+
+    def extra_files(self, content: Content) -> dict[str, Any]:
+        """Further JSON files this format wants, name -> object."""
+        return {}
+
+    def notes(
+        self, folder: ModelFolder, layers: Mapping[str, LayerSpec], quantization: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """What a reader should be told about this folder."""
+        return ()
+
+    def save(self, content: Content, folder: Path) -> None:
+        """Write config, shards, carried files and provenance, then verify."""
+        for layer in content.layers.values():
+            reason = self.why_not(layer)
+            if reason:
+                raise CheckpointError(f"format {self.name!r} cannot hold {layer.name}: {reason}.")
+        expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
+        writer = ShardWriter(folder, expected, self.shard_bytes)
+        for name in content.layers:
+            weight = content.weight(name)
+            for key, tensor in self.encode(name, weight).items():
+                writer.add(key, tensor)
+            if weight.bias is not None:
+                writer.add(f"{name}.bias", weight.bias)
+        for name in content.tensors:
+            writer.add(name, content.tensor(name))
+        writer.close()
+        write_json(folder / "config.json", {**content.config, "quantization_config": self.quantization_config(content)})
+        for file, value in {PROVENANCE: dict(content.provenance), **self.extra_files(content)}.items():
+            write_json(folder / file, value)
+        with disk_errors(f"copying into {folder}"):
+            for file, source in content.files.items():
+                shutil.copyfile(source, folder / file)
+        self._verify(content, folder)
+
+    def _verify(self, content: Content, folder: Path) -> None:
+        again = self.open(folder)
+        if list(again.layers) != list(content.layers) and set(again.layers) != set(content.layers):
+            raise CheckpointError(
+                f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back."
+            )
+        for name in content.layers:
+            difference = content.weight(name).difference(again.weight(name))
+            if difference:
+                raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
+        if set(again.tensors) != set(content.tensors):
+            odd = sorted(set(again.tensors) ^ set(content.tensors))
+            raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(odd)}.")
+
+    def open(self, folder: Path) -> Content:
+        """Open a folder: headers are read and checked now, tensors when asked for."""
+        files = ModelFolder(folder)
+        quantization = self.read_quantization(files)
+        layers = self.layers_in(files, quantization)
+        parts = {name: _parts(name, files) for name in layers}
+        owned = {key for keys in parts.values() for key in keys.values()}
+
+        def weight(name: str) -> QuantizedWeight:
+            keys = {key: suffix for suffix, key in parts[name].items()}
+            tensors = {keys[key]: tensor for key, tensor in files.read(keys)}
+            try:
+                return self.decode(layers[name], tensors, quantization)
+            except QcoreError as error:
+                raise CheckpointError(f"{folder}: layer {name}: {error}") from error
+
+        provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+        return Content(
+            config={key: value for key, value in files.config.items() if key != "quantization_config"},
+            layers=layers,
+            weight=weight,
+            tensors=[name for name in files.tensors if name not in owned],
+            tensor=files.tensor,
+            provenance=provenance,
+            files=files.carried_files(),
+            notes=self.notes(files, layers, quantization),
+        )
+
+    def read_quantization(self, folder: ModelFolder) -> dict[str, Any]:
+        """Return the folder's quantization config; formats with side files override this."""
+        quantization = folder.config.get("quantization_config")
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{folder.path}/config.json has no quantization_config object.")
+        return quantization
+
+
+def _parts(name: str, folder: ModelFolder) -> dict[str, str]:
+    """Tensors directly under a layer's name: suffix -> full name."""
+    prefix = f"{name}."
+    return {
+        key[len(prefix) :]: key for key in folder.tensors if key.startswith(prefix) and "." not in key[len(prefix) :]
+    }
+
+
+def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> Path:
+    """Return the folder of a model given by folder, plugin name or hub name.
+
+    Raises ModelError when it is none of them.
+    """
+    cache = Path(os.environ.get("QCORE_CACHE", Path.home() / ".cache" / "qcore"))
+    resolved = plugins.manager.hook.qcore_resolve_model(model=model, cache=cache)
+    if resolved is not None:
+        return Path(resolved)
+    if Path(model).exists():
+        return Path(model)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) is None or model.startswith("."):
+        raise ModelError(f"there is no folder {model}, and it is not a hub name like org/name.")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"there is no folder {model}, and the hub gave no model of that name: {reason}") from None

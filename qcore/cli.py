@@ -1,0 +1,323 @@
+"""The command `qcore`. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import ConfigError, QcoreError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Allow Python code from the model's repository.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qcore")
+def cli() -> None:
+    """Quantize large language models to 2 to 8 bits and run them."""
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0, 1 for failures, 2 for usage errors, 130 after Ctrl-C."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except QcoreError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    sys.exit(0)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--algo", default="gptq", show_default=True, help="Algorithm; see `qcore algorithms`.")
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
+@click.option("--group-size", default=128, show_default=True, help="Columns that share a scale; -1 for a whole row.")
+@click.option("--sym/--asym", default=True, show_default=True, help="Symmetric grid, or a zero point per group.")
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the algorithm; repeatable.")
+@click.option("--format", "format_", default="gptq", show_default=True, help="Output format; see `qcore formats`.")
+@click.option("--calibration", metavar="NAME|FILE", help="A dataset, a text or JSON-lines file, or a mixture a:2,b.")
+@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
+@click.option("--seqlen", default=2048, show_default=True, help="Tokens per calibration sequence.")
+@click.option("--batch-size", type=int, help="Sequences per forward pass.  [default: by size]")
+@click.option("--adapter", help="Model adapter; by default the one of the model's type.")
+@device_option
+@click.option("--seed", default=0, show_default=True)
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
+              help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
+@click.option("--fresh", is_flag=True, help="Discard an unfinished run instead of resuming it.")
+@trust_option
+@json_option
+def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, as_json: bool, **settings: Any) -> None:
+    """Quantize MODEL (a folder, a hub name, a model file, or `demo`) into a folder.
+
+    An interrupted run resumes when the same command is given again.
+    """
+    from . import api
+    from .plugins import installed
+
+    clash = next((pair.split("=")[0] for pair in options if pair.split("=")[0] in settings), None)
+    if clash:
+        raise ConfigError(f"--set {clash}: this is an option of its own, --{clash.replace('_', '-')}.")
+    progress = _progress(quiet=as_json)
+    plugins = installed()
+    plugins.manager.register(progress)
+    try:
+        with progress:
+            api.quantize(model, output=output, format=format_, **settings, **_pairs(options))
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
+        )
+        sys.exit(130)
+    finally:
+        plugins.manager.unregister(progress)
+    report = api.report(output)
+    found = api.inspect(output)
+    sizes = {key: found[key] for key in ("size", "size_float16", "bits_per_weight", "notes")}
+    if as_json:
+        click.echo(json.dumps({**report, **sizes}, default=str))
+    else:
+        _show_layers(report["layers"])
+        _show_summary(output, report, found)
+
+
+def _pairs(options: tuple[str, ...]) -> dict[str, Any]:
+    """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text."""
+    pairs = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set {option!r}: expected NAME=VALUE, for instance --set desc_act=true.")
+        try:
+            pairs[name] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[name] = value
+    return pairs
+
+
+def _progress(quiet: bool) -> Any:
+    """Make a plugin of its own that draws the run's events as a progress bar on stderr."""
+    from rich import progress as rich_progress
+
+    from .hookspecs import hookimpl
+
+    class Progress:
+        bar: rich_progress.Progress | None = None
+
+        def __enter__(self) -> Progress:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            if self.bar is not None:
+                self.bar.stop()
+
+        @hookimpl
+        def qcore_run_started(self, plan: Mapping[str, Any]) -> None:
+            if quiet:
+                return
+            console = _console(stderr=True)
+            for note in plan["assumed"]:
+                console.print(f"[dim]generic adapter: {note}[/dim]")
+            if plan["resumed_at"]:
+                console.print(f"Resuming after {plan['resumed_at']} finished blocks.")
+            self.bar = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TextColumn("{task.fields[error]}"),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TimeRemainingColumn(),
+                console=console,
+            )
+            self.bar.start()
+            name = f"{plan['algorithm']} blocks"
+            self.task = self.bar.add_task(name, total=plan["blocks"], completed=plan["resumed_at"], error="")
+
+        @hookimpl
+        def qcore_block_finished(self, records: list[dict[str, Any]]) -> None:
+            if self.bar is not None:
+                errors = [record["error"] for record in records if record["error"] is not None]
+                self.bar.update(self.task, advance=1, error=f"error {max(errors):.3f}" if errors else "")
+
+    return Progress()
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # a pipe has no width: leave rows whole for grep and for files
+    return Console(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=title)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _show_layers(layers: list[dict[str, Any]]) -> None:
+    rows = []
+    for layer in layers:
+        error = "" if layer.get("error") is None else f"{layer['error']:.4f}"
+        seconds = f"{layer['seconds']:.2f}" if "seconds" in layer else ""
+        kind = f"{layer['bits']} {'sym' if layer['sym'] else 'asym'}"
+        rows.append(
+            [
+                layer["name"],
+                "x".join(map(str, layer["shape"])),
+                kind,
+                str(layer["group_size"]),
+                error,
+                seconds,
+                layer.get("note", ""),
+            ]
+        )
+    _table(["linear", "shape", "bits", "group", "rel. error", "seconds", ""], rows)
+
+
+def _show_summary(output: Path, report: dict[str, Any], found: dict[str, Any]) -> None:
+    console = _console()
+    before, after = found["size_float16"], found["size"]
+    console.print(f"{output}: {after / 1e6:.1f} MB, {before / 1e6:.1f} MB in 16 bits ({before / after:.2f}x smaller); "
+                  f"{found['bits_per_weight']:.2f} bits per quantized weight")  # fmt: skip
+    calibration = report.get("calibration")
+    if calibration:
+        used = calibration["used"]
+        console.print(f"calibrated on {used['samples']} sequences, {used['tokens']} tokens")
+        for source in calibration["sources"]:
+            if "short" in source:
+                console.print(f"  {source['source']}: {source['short']}")
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="File of held-out text.")
+@click.option("--reference", metavar="MODEL", help="Model to measure the KL divergence to.")
+@click.option("--seqlen", default=512, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=int, help="Use at most this many windows.")
+@device_option
+@trust_option
+@json_option
+def evaluate(model: str, text: Path, as_json: bool, **settings: Any) -> None:
+    """Measure perplexity, and KL divergence to a reference, on held-out text."""
+    from . import api
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {text} cannot be read as UTF-8 text: {error}") from None
+    result = api.evaluate(model, content, **settings)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for name, value in result.items():
+            click.echo(f"{name:22}{value:.4f}" if isinstance(value, float) else f"{name:22}{value}")
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=64, show_default=True)
+@device_option
+@trust_option
+@json_option
+def generate(model: str, prompt: str, max_new_tokens: int, device: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Continue PROMPT with a quantized or float MODEL (greedy)."""
+    from . import api
+
+    network, tokenizer = api.open_any(model, device, trust_remote_code)
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer, so a prompt cannot be read.")
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(network.parameters()).device)
+    output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    click.echo(json.dumps({"text": text}) if as_json else text)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def inspect(folder: Path, as_json: bool) -> None:
+    """Show what a quantized FOLDER holds: bits, groups, sizes, every linear, where it came from."""
+    from . import api
+
+    found = api.inspect(folder)
+    if as_json:
+        click.echo(json.dumps(found, default=str))
+        return
+    _show_layers(found["layers"])
+    made = found["provenance"]
+    click.echo(f"{folder}: format {found['format']}, {found['model_type']}, {found['size'] / 1e6:.1f} MB, "
+               f"{found['bits_per_weight']:.2f} bits per quantized weight")  # fmt: skip
+    if made:
+        click.echo(
+            f"made by qcore {made.get('qcore')} from {made.get('model')} with {made.get('algorithm')} {json.dumps(made.get('params'))}"
+        )
+    for note in found["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _listing(kind: str | None, as_json: bool) -> None:
+    from .plugins import installed
+
+    rows = [row for row in installed().table() if kind is None or row["kind"] == kind]
+    if kind == "backend":
+        backends = {name: offers[0][1] for name, offers in installed().offers("backend").items()}
+        for row in rows:
+            backend = backends[row["name"]]
+            row["description"] = backend.description
+            row["usable"] = backend.unavailable() or "yes"
+    elif kind is not None:
+        for row in rows:
+            offer = installed().offers(kind)[row["name"]][0][1]
+            row["description"] = ", ".join(offer.model_types) if kind == "model" else offer.description
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    columns = {
+        None: ["kind", "name", "plugin", "distribution", "version", "status", "reason"],
+        "backend": ["name", "usable", "description", "distribution", "version"],
+        "model": ["name", "model types", "distribution", "version"],
+    }.get(kind, ["name", "description", "distribution", "version"])
+    keys = ["description" if column == "model types" else column for column in columns]
+    _table(columns, [[row[key] for key in keys] for row in rows])
+
+
+def _listing_command(name: str, kind: str | None, text: str) -> None:
+    @cli.command(name, help=text)
+    @json_option
+    def listing(as_json: bool) -> None:
+        _listing(kind, as_json)
+
+
+_listing_command("plugins", None, "List every plugin: what it offers, where it comes from, whether it works.")
+_listing_command("algorithms", "algorithm", "List the algorithms.")
+_listing_command("models", "model", "List the declared model adapters; any other causal model gets the generic one.")
+_listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
+_listing_command("formats", "format", "List the formats.")
+_listing_command("datasets", "dataset", "List the calibration datasets.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Opening models: a skeleton without weights, weights that come and go, and a quantized model built from a stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .backend import Backend
+from .checkpoint import ModelFolder
+from .errors import CheckpointError, ModelError, name_list
+from .exporter import Content
+from .linear import QuantLinear, replace_module
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype a run computes in: the model's own, but float32 for half types on a CPU (exact and no slower)."""
+    return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+
+
+def load_config(folder: ModelFolder, trust_remote_code: bool) -> Any:
+    """Return the transformers config of a folder; remote code only with the caller's word."""
+    from transformers import AutoConfig
+
+    if "auto_map" in folder.config and not trust_remote_code:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if folder.config.get("model_type") not in CONFIG_MAPPING:
+            raise ModelError(
+                f"{folder.path} needs Python code from its own repository ({folder.config['auto_map']}). "
+                "Read it, then pass trust_remote_code=True (--trust-remote-code)."
+            )
+    with _transformers_errors(f"the config of {folder.path}"):
+        return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+
+
+def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """Build the model with parameters on the meta device and real buffers; nothing large is allocated."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{folder.path} is an encoder-decoder model ({config.model_type}); qcore quantizes causal ones."
+        )
+    with (
+        _transformers_errors(f"the model of {folder.path}"),
+        torch.random.fork_rng(devices=[]),
+        init_empty_weights(include_buffers=False),
+    ):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
+        )
+    return model.eval()
+
+
+def stored_dtype(folder: ModelFolder) -> torch.dtype:
+    """The dtype most of a folder's floating weights are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in folder.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+    if not sizes:
+        raise ModelError(f"{folder.path} holds no floating point weights.")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """Open a float model whole, by transformers itself."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    load_config(folder, trust_remote_code)  # refuses remote code in our own words
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with _transformers_errors(f"the model of {folder.path}"):
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
+            )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
+    """Return the folder's tokenizer, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+@contextlib.contextmanager
+def _transformers_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise ModelError(f"transformers cannot open {what}: {str(error).strip() or type(error).__name__}") from error
+
+
+class Weights(Protocol):
+    """Weights that come to a module when it is worked on and leave it afterwards."""
+
+    def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Put the module's parameters and buffers on `device`, floating ones as `dtype`."""
+
+    def let_go(self, name: str) -> None:
+        """Undo `bring`."""
+
+    def dtype_of(self, parameter: str) -> torch.dtype:
+        """The dtype a parameter is stored in."""
+
+
+class FolderWeights:
+    """Weights streamed from a folder into a skeleton; letting go returns them to the meta device.
+
+    Raises ModelError for parameters the folder lacks, CheckpointError for shapes that differ from the model's.
+    """
+
+    def __init__(self, model: nn.Module, folder: ModelFolder) -> None:
+        self.model, self.folder = model, folder
+        self.keys = match_keys(model, folder.tensors)
+        for name, key in self.keys.items():
+            shape, found = tuple(_get(model, name).shape), folder.tensors[key].shape
+            if shape != found:
+                raise CheckpointError(
+                    f"{folder.path}/{folder.tensors[key].file}: tensor {key} has shape {list(found)}, "
+                    f"the model's config asks for {list(shape)}."
+                )
+
+    def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """See Weights. Every floating weight is checked for NaN and Inf on the way."""
+        prefix = f"{name}." if name else ""
+        wanted = {self.keys[full]: full for full in self.keys if full == name or full.startswith(prefix)}
+        for key, tensor in self.folder.read(wanted):
+            check_finite(tensor, key)
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            _set(self.model, wanted[key], tensor.to(device, target))
+        module = self.model.get_submodule(name)
+        for submodule in module.modules():
+            for key, buffer in submodule.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    submodule._buffers[key] = buffer.to(device)
+
+    def let_go(self, name: str) -> None:
+        """See Weights."""
+        prefix = f"{name}." if name else ""
+        for full in self.keys:
+            if full == name or full.startswith(prefix):
+                _set(self.model, full, _get(self.model, full).to("meta"))
+
+    def dtype_of(self, parameter: str) -> torch.dtype:
+        """See Weights."""
+        return self.folder.tensors[self.keys[parameter]].dtype
+
+
+class ModuleWeights:
+    """Weights of a model that is in memory already; letting go restores the very tensors it had."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._home: dict[str, dict[str, Tensor]] = {}
+
+    def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """See Weights."""
+        home = {}
+        prefix = f"{name}." if name else ""
+        module = self.model.get_submodule(name)
+        for full, tensor in [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]:
+            assert full.startswith(prefix)
+            home[full] = tensor
+            check_finite(tensor, full)
+            is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            _set(self.model, full, tensor.detach().to(device, dtype if is_weight else tensor.dtype))
+        self._home[name] = home
+
+    def let_go(self, name: str) -> None:
+        """See Weights."""
+        for full, tensor in self._home.pop(name).items():
+            _set(self.model, full, tensor)
+
+    def dtype_of(self, parameter: str) -> torch.dtype:
+        """See Weights."""
+        for home in self._home.values():
+            if parameter in home:
+                return home[parameter].dtype
+        return _get(self.model, parameter).dtype
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise ModelError when a floating tensor holds NaN or Inf."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(f"{name} holds {bad} values that are NaN or Inf; the model file is damaged or diverged.")
+
+
+def match_keys(model: nn.Module, available: Iterable[str], partial: bool = False) -> dict[str, str]:
+    """Map the model's parameter and persistent buffer names to a checkpoint's tensor names.
+
+    A checkpoint of the bare base model lacks the prefix ("transformer."), one of a wrapper may carry it; both are
+    understood. Tied parameters may be absent, and with `partial` any other.
+
+    Raises ModelError naming parameters that have no tensor.
+    """
+    names = set(available)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    keys: dict[str, str] = {}
+    missing = []
+    for name in model.state_dict():
+        without = name.removeprefix(prefix)
+        found = next((key for key in (name, without, prefix + name) if key in names), None)
+        if found is not None:
+            keys[name] = found
+        elif name not in tied and not _is_buffer(model, name):
+            missing.append(name)
+    if missing and not partial:
+        raise ModelError(
+            f"the checkpoint has no tensor for {len(missing)} parameters of {type(model).__name__}: "
+            f"{name_list(missing, 5)}. It is incomplete or of another architecture."
+        )
+    return keys
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child in model.get_submodule(parent)._buffers
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    parent, _, child = name.rpartition(".")
+    value = getattr(model.get_submodule(parent), child)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if child in module._buffers:
+        module._buffers[child] = value
+    else:
+        module._parameters[child] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
+
+
+def load_quantized(
+    content: Content,
+    folder: Path,
+    backends: Mapping[str, Backend],
+    *,
+    backend: str = "auto",
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Build an ordinary transformers model from a quantized folder, layer by layer.
+
+    dtype: of everything that is not quantized; None keeps what is stored, float32 in place of half on a CPU.
+    device_map: as in accelerate ("auto" or a mapping); it overrides `device`.
+    """
+    files = ModelFolder(folder)
+    floats = {name: files.tensors[name] for name in content.tensors}
+    stored = stored_dtype(files)
+    target = dtype or compute_dtype(stored, device)
+    model = skeleton(files, trust_remote_code, target)
+    places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
+    for name in content.layers:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"{folder}: quantized layer {name} is not in {type(model).__name__}.") from None
+        replace_module(model, name, nn.Identity())
+    keys = match_keys(model, floats)
+    for name, key in keys.items():
+        tensor = content.tensor(key)
+        check_finite(tensor, key)
+        if tensor.shape != _get(model, name).shape:
+            raise CheckpointError(
+                f"{folder}: tensor {key} has shape {list(tensor.shape)}, the model asks for {list(_get(model, name).shape)}."
+            )
+        _set(model, name, tensor.to(places(name), target if tensor.is_floating_point() else tensor.dtype))
+    model.tie_weights()  # type: ignore[operator]
+    for name in content.layers:
+        place = places(name)
+        weight = content.weight(name).to(place)
+        source = _WeightSource(content, name)
+        replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
+    for module_name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(places(f"{module_name}.{key}"))
+    _set_generation_config(model, folder)
+    if device_map is not None:
+        from accelerate import dispatch_model
+
+        model = dispatch_model(model, dict(places.device_map))
+    return model.eval().requires_grad_(False)
+
+
+class _WeightSource:
+    """Reads a layer's exact weight from the content it came from, whenever asked."""
+
+    def __init__(self, content: Content, name: str) -> None:
+        self.content, self.name = content, name
+
+    def __call__(self) -> Any:
+        return self.content.weight(self.name)
+
+
+class _Placement:
+    """Tells the device of each parameter, by the longest matching prefix of a device map."""
+
+    def __init__(self, device_map: Mapping[str, Any]) -> None:
+        self.device_map = device_map
+
+    def __call__(self, name: str) -> torch.device:
+        fits = [prefix for prefix in self.device_map if prefix in ("", name) or name.startswith(f"{prefix}.")]
+        if not fits:
+            raise ModelError(f"device_map gives no device for {name}. It has {name_list(map(str, self.device_map))}.")
+        return torch.device(self.device_map[max(fits, key=len)])
+
+
+def _balanced_map(model: nn.Module) -> dict[str, Any]:
+    """Let accelerate spread the skeleton over the GPUs; one byte a weight is an upper bound for what is quantized."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    kept_whole = list(getattr(model, "_no_split_modules", None) or [])
+    memory = get_balanced_memory(model, dtype=torch.int8, no_split_module_classes=kept_whole)
+    return dict(infer_auto_device_map(model, memory, no_split_module_classes=kept_whole, dtype=torch.int8))
+
+
+def _set_generation_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,529 @@
+"""A quantization run: the plan, the walk over the blocks, the journal that lets it resume.
+
+A run that writes to a folder keeps a journal beside it, `OUT.partial`: one file per finished block and the calibration
+tokens. Killed anywhere, it resumes at the first block without a file and ends in the same bytes. Only when
+everything is there is the output assembled, verified and renamed into place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import blocks as walk
+from .adapter import ModelAdapter, discover, find_block_list
+from .algorithm import Algorithm
+from .calibration import Calibration, TokenSequence
+from .checkpoint import ModelFolder, complete_folder, disk_errors, read_json, write_atomic, write_json
+from .config import Override, QuantConfig, resolve
+from .errors import ConfigError, ModelError, RunError, name_list
+from .exporter import Content, Exporter, LayerSpec
+from .model import FolderWeights, Weights, compute_dtype
+from .plugins import Plugins
+from .weight import QuantizedWeight
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked: made by `plan`, used by `quantize_blocks`."""
+
+    model: nn.Module
+    weights: Weights
+    adapter: ModelAdapter
+    algorithm: Algorithm
+    config: QuantConfig
+    linears: dict[str, QuantConfig | None]  # by full name, in model order; None stays in float
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    seed: int
+    batch_size: int
+    calibration: Calibration | None
+    label: str  # the model, as the user called it
+    blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+    def specs(self) -> dict[str, LayerSpec]:
+        """What a format is asked about before any work is done."""
+        specs = {}
+        for name, config in self.linears.items():
+            if config is not None:
+                out, columns = _shape(self.model.get_submodule(name))
+                specs[name] = LayerSpec(name, config, columns, out)
+        return specs
+
+    def describe(self) -> dict[str, Any]:
+        """The settled facts of the run, as they stand in reports and in the output's provenance."""
+        return {
+            "model": self.label,
+            "model_type": str(getattr(getattr(self.model, "config", None), "model_type", "")),
+            "adapter": self.adapter.name,
+            "assumed": list(self.adapter.notes),
+            "algorithm": self.algorithm.name,
+            "params": self.algorithm.params.model_dump(mode="json"),
+            "config": self.config.model_dump(),
+            "seed": self.seed,
+            "calibration": self.calibration.report if self.calibration else None,
+            "skipped": [name for name, config in self.linears.items() if config is None],
+        }
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """[out, in] of a linear that may be on the meta device."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def plan_linears(
+    model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
+) -> dict[str, QuantConfig | None]:
+    """Give each linear of each block its config, in order of use."""
+    names = [
+        f"{block_name}.{short}"
+        for block_name, block in adapter.find_blocks(model)
+        for group in adapter.groups_in(block)
+        for short in group
+    ]
+    return resolve(names, config, overrides)
+
+
+def find_adapter(
+    model: nn.Module, weights: Weights, plugins: Plugins, device: torch.device, wanted: str | None = None
+) -> ModelAdapter:
+    """Return the adapter by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    if wanted == "generic":
+        return discover_adapter(model, weights, device)
+    if wanted is not None:
+        chosen: ModelAdapter = plugins.get("model", wanted)
+        return chosen
+    declared: ModelAdapter | None = plugins.adapter_for(str(getattr(model.config, "model_type", "")))
+    return declared or discover_adapter(model, weights, device)
+
+
+def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -> ModelAdapter:
+    """Watch one short forward pass through every kind of block the model has."""
+    dtype = compute_dtype(_model_dtype(model), device)
+
+    def order_of_use(blocks_name: str) -> list[tuple[str, ...]]:
+        blocks = list(model.get_submodule(blocks_name).children())
+        ids = torch.arange(8).reshape(1, 8) % _vocabulary(model)
+        captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
+        groups: list[tuple[str, ...]] = []
+        seen: set[tuple[str, ...]] = set()
+        for index, block in enumerate(blocks):
+            shape = tuple(name for name, _ in block.named_modules())
+            if shape in seen:
+                continue
+            seen.add(shape)
+            name = f"{blocks_name}.{index}"
+            weights.bring(name, device, dtype)
+            kwargs = walk._own(captured.kwargs[index][0], device)
+            found = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
+            groups += [group for group in found if group not in groups]
+            weights.let_go(name)
+        return groups
+
+    return discover(model, order_of_use)
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise ModelError(f"{type(model).__name__} does not tell the size of its vocabulary.")
+    return size
+
+
+def capture_inputs(
+    model: nn.Module,
+    weights: Weights,
+    blocks_name: str,
+    before_blocks: Sequence[str],
+    blocks: Sequence[nn.Module],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> walk.Captured:
+    """Bring in what stands before the blocks, record the blocks' inputs, and let go again."""
+    brought: list[str] = []
+    try:
+        for name in before_blocks or outside(model, blocks_name):
+            if _has_module(model, name):
+                weights.bring(name, device, dtype)
+                brought.append(name)
+        keep_on = _activation_device(model, batches, device, dtype)
+        return walk.capture(model, blocks, batches, device, keep_on)
+    finally:
+        for name in brought:
+            weights.let_go(name)
+
+
+def outside(model: nn.Module, blocks_name: str) -> list[str]:
+    """Names of the modules beside the blocks, without the output head, which runs after them."""
+    names: list[str] = []
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    path = blocks_name.split(".")
+    for depth in range(len(path)):
+        parent = ".".join(path[:depth])
+        for child, module in model.get_submodule(parent).named_children():
+            if child != path[depth] and module is not head:
+                names.append(f"{parent}.{child}" if parent else child)
+    return names
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _activation_device(
+    model: nn.Module, batches: Sequence[tuple[torch.Tensor, Any]], device: torch.device, dtype: torch.dtype
+) -> torch.device:
+    """Keep hidden states on the GPU when they take at most a fifth of what is free there, else on the host."""
+    if device.type != "cuda":
+        return device
+    width = int(getattr(model.config, "hidden_size", 0) or 8192)
+    size = sum(ids.numel() for ids, _ in batches) * width * dtype.itemsize
+    return device if size < torch.cuda.mem_get_info(device)[0] / 5 else torch.device("cpu")
+
+
+def quantize_blocks(
+    job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
+) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+    """Walk the blocks; yield (index, quantized weights on the CPU, records) for each, resumed ones included.
+
+    `finished` is told of every newly quantized block.
+    """
+    modules = [module for _, module in job.blocks]
+    captured = None
+    float_inputs = None
+    if job.calibration is not None:
+        batches = job.calibration.batches(job.batch_size)
+        adapter = job.adapter
+        captured = capture_inputs(
+            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype
+        )
+        if job.algorithm.float_stream:
+            float_inputs = walk.Stream(list(captured.stream.hidden))
+    for index, (name, module) in enumerate(job.blocks):
+        job.weights.bring(name, job.device, job.dtype)
+        groups = job.adapter.groups_in(module)
+        dtype_of = job.weights.dtype_of
+        block = walk.make_block(
+            index, name, module, groups, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
+        )
+        restored = journal.read_block(index) if journal else None
+        if restored is not None:
+            results, records = restored
+        else:
+            results, records = _quantize(job, block)
+            if journal:
+                journal.write_block(index, results, records)
+            finished(index, records)
+        if captured is not None and index + 1 < len(job.blocks):
+            if float_inputs is not None:
+                with block.original_weights():
+                    block.advance(float_inputs, original=True)
+            for linear, weight in results.items():
+                if linear not in block._memo:
+                    block.replace(linear, weight)
+            block.advance(captured.stream)
+        job.weights.let_go(name)
+        yield index, results, records
+
+
+def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]:
+    """Let the algorithm work on one block and check that it did all of it, in the form promised."""
+    started = time.perf_counter()
+    results = job.algorithm.quantize_block(block) if block.linears else {}
+    seconds = (time.perf_counter() - started) / max(1, len(block.linears))
+    if set(results) != set(block.linears):
+        missing = sorted(set(block.linears) - set(results)) or sorted(set(results) - set(block.linears))
+        raise RunError(
+            f"algorithm {job.algorithm.name!r} returned {len(results)} of {len(block.linears)} linears of block "
+            f"{block.name}; look at {name_list(missing)}."
+        )
+    records = []
+    for name, linear in block.linears.items():
+        weight = results[name]
+        if not isinstance(weight, QuantizedWeight) or tuple(weight.codes.shape) != tuple(linear.weight.shape):
+            raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
+        results[name] = weight.to("cpu")
+        out, columns = weight.codes.shape
+        facts = {"name": name, "block": block.index, "shape": [out, columns], **weight.config.model_dump()}
+        facts["act_order"] = weight.act_order
+        records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
+    return results, records
+
+
+def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records as they go into an output folder: equal runs must write equal bytes."""
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+class Journal:
+    """The record of a run beside its output: what was asked for, the calibration tokens, each finished block.
+
+    Raises RunError when another run holds the journal, or when it belongs to a run that differs; the difference is named.
+    """
+
+    def __init__(self, output: Path, fresh: bool = False) -> None:
+        self.path = output.with_name(f"{output.name}.partial")
+        self.output = output
+        if fresh and self.path.exists():
+            shutil.rmtree(self.path)
+        with disk_errors(f"making {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another run is writing {output} (it holds {self.path}/lock).") from None
+
+    def calibration(self, make: Callable[[], Calibration], asked: Mapping[str, Any]) -> Calibration:
+        """Return the run's calibration: read back when it was made before, so that sampling is not repeated."""
+        path = self.path / "calibration.safetensors"
+        if path.is_file():
+            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
+                note = json.loads(handle.metadata()["qcore"])
+                if note["asked"] == json.loads(json.dumps(asked)):
+                    keys = set(handle.keys())
+                    sequences = []
+                    for number in range(note["count"]):
+                        mask = handle.get_tensor(f"mask.{number}") if f"mask.{number}" in keys else None
+                        sequences.append(TokenSequence(handle.get_tensor(f"ids.{number}"), mask))
+                    return Calibration(sequences, note["report"])
+        made = make()
+        tensors = {f"ids.{n}": sequence.ids for n, sequence in enumerate(made.sequences)}
+        tensors |= {f"mask.{n}": s.mask for n, s in enumerate(made.sequences) if s.mask is not None}
+        note = {"asked": asked, "count": len(made.sequences), "report": made.report}
+        if not self._blocks():  # a journal with blocks keeps the calibration they were made with
+            write_atomic(path, lambda draft: save_file(tensors, draft, {"qcore": json.dumps(note)}))
+        return made
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> int:
+        """Start or resume; return how many blocks are done.
+
+        Raises RunError when the journal belongs to a run with another fingerprint.
+        """
+        path = self.path / "run.json"
+        current = json.loads(json.dumps(fingerprint))
+        if path.is_file():
+            before = read_json(path)
+            for key in {**before, **current}:
+                if before.get(key) != current.get(key) and self._blocks():
+                    raise RunError(
+                        f"{self.path} holds an unfinished run that differs in {key}: {_differ(before.get(key), current.get(key))}. "
+                        "Run with the same settings to resume it, or start over with fresh=True (--fresh)."
+                    )
+        write_json(path, current)
+        return len(self._blocks())
+
+    def _blocks(self) -> list[Path]:
+        return sorted(self.path.glob("block-*.safetensors"))
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def write_block(self, index: int, results: Mapping[str, QuantizedWeight], records: list[dict[str, Any]]) -> None:
+        """Keep a finished block, atomically."""
+        tensors = {
+            f"{name}/{part}": t.clone() for name, weight in results.items() for part, t in weight.to_tensors().items()
+        }
+        configs = {name: weight.config.model_dump() for name, weight in results.items()}
+        note = {"qcore": json.dumps({"configs": configs, "records": records})}
+        write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
+
+    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+        """Return a finished block, or None."""
+        path = self._block(index)
+        if not path.is_file():
+            return None
+        with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
+            note = json.loads(handle.metadata()["qcore"])
+            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in note["configs"]}
+            for key in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                name, _, part = key.rpartition("/")
+                parts[name][part] = handle.get_tensor(key).clone()
+        configs = {name: QuantConfig(**config) for name, config in note["configs"].items()}
+        return {name: QuantizedWeight.from_tensors(parts[name], configs[name]) for name in configs}, note["records"]
+
+    def finish(self) -> None:
+        """Remove the journal; its output is in place."""
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the journal for a later run."""
+        self._lock.close()
+
+
+def _differ(before: Any, current: Any) -> str:
+    """Show where two fingerprint values differ, as narrowly as possible."""
+    if isinstance(before, dict) and isinstance(current, dict):
+        keys = [key for key in {**before, **current} if before.get(key) != current.get(key)]
+        return "; ".join(f"{key} was {before.get(key)!r}, now {current.get(key)!r}" for key in keys[:3])
+    return f"was {before!r}, now {current!r}"
+
+
+def fingerprint(job: Job, folder: ModelFolder) -> dict[str, Any]:
+    """What must be equal for a journal's blocks to be this run's blocks."""
+    import transformers
+
+    from . import __version__
+
+    described = job.describe()
+    return {
+        "model": {"weights": model_digest(folder), "config": folder.config},
+        "linears": {name: config and config.model_dump() for name, config in job.linears.items()},
+        "algorithm": {"name": described["algorithm"], **described["params"]},
+        "calibration": job.calibration.digest if job.calibration else None,
+        "run": {"seed": job.seed, "batch_size": job.batch_size, "adapter": job.adapter.name},
+        "environment": {
+            "qcore": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": job.device.type,
+            "dtype": str(job.dtype),
+            "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
+        },
+    }
+
+
+def model_digest(folder: ModelFolder) -> str:
+    """sha256 over every tensor's name, dtype, shape and three samples of its bytes: tells models apart in a blink."""
+    hasher = hashlib.sha256()
+    for name, info in sorted(folder.tensors.items()):
+        hasher.update(f"{name} {info.dtype} {info.shape}".encode())
+    for file in sorted({info.file for info in folder.tensors.values()}):
+        path = folder.path / file
+        size = path.stat().st_size
+        count = sum(info.file == file for info in folder.tensors.values())
+        hasher.update(str(size).encode())
+        with disk_errors(f"reading {path}"), path.open("rb") as handle:
+            step = max(4096, size // (3 * count + 1))
+            for offset in range(0, size, step):
+                hasher.update(os.pread(handle.fileno(), 4096, offset))
+    return hasher.hexdigest()
+
+
+def quantize_to_folder(
+    job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter, plugins: Plugins
+) -> dict[str, Any]:
+    """Quantize from folder to folder, one block in memory at a time; return the report.
+
+    Raises RunError, CheckpointError and ModelError; whatever happens, the output is complete or absent and finished
+    blocks are kept.
+    """
+    assert isinstance(job.weights, FolderWeights)
+    done = journal.begin(fingerprint(job, folder))
+    hook = plugins.manager.hook
+    started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
+    hook.qcore_run_started(plan=started)
+    records: list[dict[str, Any]] = []
+    location: dict[str, int] = {}
+    for index, results, found in quantize_blocks(job, journal, _announce(hook)):
+        records += found
+        location.update(dict.fromkeys(results, index))
+    content = journal_content(job, folder, journal, location, records)
+    with complete_folder(journal.output, scratch=journal.path / "output") as draft:
+        exporter.save(content, draft)
+    journal.finish()
+    report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
+    hook.qcore_run_finished(report=report)
+    return report
+
+
+def _announce(hook: Any) -> Callable[[int, list[dict[str, Any]]], None]:
+    def finished(index: int, records: list[dict[str, Any]]) -> None:
+        hook.qcore_block_finished(index=index, records=records)
+
+    return finished
+
+
+def journal_content(
+    job: Job, folder: ModelFolder, journal: Journal, location: Mapping[str, int], records: list[dict[str, Any]]
+) -> Content:
+    """The finished run as a stream: quantized linears from the journal, everything else from the source folder.
+
+    Tensors take the model's own parameter names, whatever prefix the source checkpoint left out.
+    """
+    assert isinstance(job.weights, FolderWeights)
+    names = {key: name for name, key in job.weights.keys.items()}
+    quantized = {job.weights.keys[f"{layer}.{part}"] for layer in location for part in ("weight", "bias")
+                 if f"{layer}.{part}" in job.weights.keys}  # fmt: skip
+    others = {names.get(key, key): key for key in folder.tensors if key not in quantized}
+    latest: dict[int, dict[str, QuantizedWeight]] = {}
+
+    def weight(name: str) -> QuantizedWeight:
+        index = location[name]
+        if index not in latest:
+            latest.clear()
+            restored = journal.read_block(index)
+            if restored is None:
+                raise RunError(f"{journal.path} lost block {index} while the output was being written.")
+            latest[index] = restored[0]
+        return latest[index][name]
+
+    specs = job.specs()
+    act_order = {record["name"]: record["act_order"] for record in records}
+    return Content(
+        config={key: value for key, value in folder.config.items() if key != "quantization_config"},
+        layers={
+            name: LayerSpec(name, spec.config, spec.in_features, spec.out_features, act_order[name])
+            for name, spec in specs.items()
+        },
+        weight=weight,
+        tensors=list(others),
+        tensor=lambda name: folder.tensor(others[name]),
+        provenance=provenance(job.describe(), records),
+        files=folder.carried_files(),
+    )
+
+
+def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `qcore.json` says: how the folder was made, free of times so that equal runs write equal bytes."""
+    from . import __version__
+
+    return {"qcore": __version__, **description, "layers": without_times(records)}
+
+
+def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
+    """Refuse a model that is quantized already."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantization = quantization or (folder.config.get("quantization_config") if folder else None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
+    find_block_list(model)
+
+
+def check_format(job: Job, exporter: Exporter) -> None:
+    """Refuse, before any work, what the wanted format cannot hold."""
+    for spec in job.specs().values():
+        reason = exporter.why_not(spec)
+        if reason:
+            raise ConfigError(
+                f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
+                f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
+            )

@@ -1,0 +1,140 @@
+"""QuantizedWeight, the canonical form of a quantized linear.
+
+Algorithms produce it, formats read and write it, backends pack from it. Packing, zero-point offsets, transposes
+and interleavings are nobody's business but the format's or the backend's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import grid
+from .config import QuantConfig
+from .errors import CheckpointError
+from .packing import pack, unpack, words_for
+
+_TENSORS = ("scales", "zeros", "g_idx", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """W [out_features, in_features] ~ scales[:, g_idx] * (codes - zeros[:, g_idx]).
+
+    codes: uint8 [out, in], values in [0, 2**bits).
+    scales: floating point [out, groups]; may be negative.
+    zeros: int32 [out, groups], or floating point where a format has it so.
+    g_idx: int32 [in], the group of each input column.
+    config: bits, group_size, sym. sym promises that every zero is 2**(bits-1).
+    bias: floating point [out], or None.
+
+    Raises CheckpointError when shapes, dtypes or values contradict each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    config: QuantConfig
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._expect(self.codes.ndim == 2, f"codes must be a matrix, found shape {tuple(self.codes.shape)}")
+        out, columns = self.codes.shape
+        groups = grid.num_groups(columns, self.config.group_size)
+        for name in ("scales", "zeros"):
+            shape = tuple(getattr(self, name).shape)
+            self._expect(shape == (out, groups), f"{name} must be [{out}, {groups}], found {list(shape)}")
+        self._expect(
+            tuple(self.g_idx.shape) == (columns,), f"g_idx must be [{columns}], found {list(self.g_idx.shape)}"
+        )
+        self._expect(self.codes.dtype == torch.uint8, f"codes must be uint8, found {self.codes.dtype}")
+        self._expect(self.g_idx.dtype == torch.int32, f"g_idx must be int32, found {self.g_idx.dtype}")
+        self._expect(self.scales.is_floating_point(), f"scales must be floating point, found {self.scales.dtype}")
+        zeros_ok = self.zeros.dtype == torch.int32 or self.zeros.is_floating_point()
+        self._expect(zeros_ok, f"zeros must be int32 or floating point, found {self.zeros.dtype}")
+        if self.bias is not None:
+            self._expect(tuple(self.bias.shape) == (out,), f"bias must be [{out}], found {list(self.bias.shape)}")
+        self._expect(out > 0 and columns > 0, f"a weight of shape [{out}, {columns}] is empty")
+        if self.config.bits < 8:
+            top = int(self.codes.max())
+            self._expect(top <= self.config.maxq, f"code {top} is beyond {self.config.maxq} ({self.config.bits} bits)")
+        low, high = int(self.g_idx.min()), int(self.g_idx.max())
+        self._expect(low >= 0 and high < groups, f"g_idx spans {low} to {high}, expected 0 to {groups - 1}")
+        self._expect(bool(torch.isfinite(self.scales).all()), "scales hold NaN or Inf")
+        if self.config.sym:
+            middle = grid.symmetric_zero(self.config.bits)
+            self._expect(bool((self.zeros == middle).all()), f"sym promises zeros of {middle}, found others")
+
+    def _expect(self, holds: bool, problem: str) -> None:
+        if not holds:
+            raise CheckpointError(f"not a quantized weight: {problem}.")
+
+    @property
+    def out_features(self) -> int:
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.codes.shape[1])
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.config.group_size
+
+    @property
+    def sym(self) -> bool:
+        return self.config.sym
+
+    @property
+    def act_order(self) -> bool:
+        """Whether columns lie in groups out of sequence (desc_act), so that g_idx must be looked up."""
+        plain = grid.group_index(self.in_features, self.group_size, self.g_idx.device)
+        return not torch.equal(self.g_idx, plain)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight [out, in]: computed in float32, then cast."""
+        scales = grid.spread(self.scales.float(), self.g_idx)
+        zeros = grid.spread(self.zeros.float(), self.g_idx)
+        return grid.dequantize(self.codes.float(), scales, zeros).to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """Return the same weight with its tensors on `device`."""
+        moved = {name: value.to(device) for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return replace(self, codes=self.codes.to(device), **moved)
+
+    def equal(self, other: QuantizedWeight) -> bool:
+        """Whether both are the same bit for bit, dtypes included."""
+        return self.difference(other) is None
+
+    def difference(self, other: QuantizedWeight) -> str | None:
+        """Name the first part in which the two differ, or None."""
+        if self.config != other.config:
+            return f"config ({self.config} against {other.config})"
+        for name in ("codes", *_TENSORS):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if (mine is None) != (theirs is None):
+                return name
+            if mine is not None and (mine.dtype != theirs.dtype or not torch.equal(mine, theirs.to(mine.device))):
+                return name
+        return None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return a compact exact form (codes packed along the input) for journals."""
+        tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return {"codes": pack(self.codes, self.bits), **tensors}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], config: QuantConfig) -> QuantizedWeight:
+        """Read back what `to_tensors` made."""
+        columns = tensors["g_idx"].shape[0]
+        if tensors["codes"].shape[-1] != words_for(columns, config.bits):
+            raise CheckpointError(f"not a quantized weight: {tensors['codes'].shape[-1]} words for {columns} columns.")
+        codes = unpack(tensors["codes"], config.bits, columns)
+        return cls(codes, tensors["scales"], tensors["zeros"], tensors["g_idx"], config, tensors.get("bias"))
