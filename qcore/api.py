@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .algorithm import Algorithm
-from .calibration import Calibration, CalibrationRequest, prepare
+from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, disk_errors, read_json, resolve_model
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
@@ -44,6 +44,7 @@ from .run import (
     check_format,
     check_model,
     find_adapter,
+    model_digest,
     plan_linears,
     provenance,
     quantize_blocks,
@@ -165,7 +166,14 @@ def quantize(
     journal = Journal(target, fresh)
     try:
         if algorithm.uses_calibration:
-            asked = {"source": repr(calibration), "samples": samples, "seqlen": seqlen, "seed": seed}
+            source = identify(DEFAULT_CALIBRATION if calibration is None else calibration)
+            asked = {
+                "source": source,
+                "samples": samples,
+                "seqlen": seqlen,
+                "seed": seed,
+                "model": model_digest(folder),
+            }
             job.calibration = journal.calibration(make_calibration, asked)
         report = quantize_to_folder(job, folder, journal, exporter, plugins)
     finally:
@@ -225,13 +233,13 @@ def _longest(model: nn.Module) -> int | None:
 
 def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    hook = plugins.manager.hook
-    hook.qcore_run_started(
-        plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()}
+    plugins.call(
+        "qcore_run_started",
+        plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, _announce(hook)):
+    for _, results, found in quantize_blocks(job, None, _announce(plugins)):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
@@ -241,7 +249,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = _info(report, tokenizer, job.model, folder)  # type: ignore[assignment]
-    hook.qcore_run_finished(report=report)
+    plugins.call("qcore_run_finished", report=report)
     return job.model
 
 

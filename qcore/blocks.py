@@ -57,6 +57,7 @@ def capture(
 
     Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
     """
+    stumbled: list[Exception] = []
     for as_tuple in (False, True):
         recorders = [_Recorder(block, as_tuple) for block in blocks]
         stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
@@ -68,7 +69,11 @@ def capture(
                     recorder.call = None
                 recorders[-1].stop = True
                 attention = None if mask is None else mask.to(device, torch.int64)
-                _run_until_enough(model, ids.to(device), attention)
+                try:
+                    _run_until_enough(model, ids.to(device), attention)
+                except Exception as error:  # a model handed a tensor where it expects a tuple, or the reverse
+                    stumbled.append(error)
+                    break
                 if not all(recorder.call for recorder in recorders) or not _unchanged(recorders):
                     break
                 stream.hidden.append(_first(recorders).to(keep_on))
@@ -80,10 +85,11 @@ def capture(
         finally:
             for block in blocks:
                 del block.forward
+    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 2 else ""
     raise ModelError(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
-        f"{len(blocks)} blocks; it cannot be quantized block by block."
-    )
+        f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
+    ) from (stumbled[0] if stumbled else None)
 
 
 def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -> None:

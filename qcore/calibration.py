@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,24 +128,34 @@ def _counted(sequence: TokenSequence) -> int:
 
 def _parse_mixture(source: Any) -> dict[str, float]:
     """Return {name: weight} for strings and mappings of names, {} for anything that is data itself."""
-    if isinstance(source, Mapping) and not ("input_ids" in source or hasattr(source, "column_names")):
-        return {str(name): float(weight) for name, weight in source.items()}
-    if isinstance(source, Path):
+    if isinstance(source, Path) or (isinstance(source, str) and Path(source).exists()):
         return {str(source): 1.0}
-    if not isinstance(source, str):
+    if isinstance(source, Mapping) and not ("input_ids" in source or hasattr(source, "column_names")):
+        pieces = [(str(name), weight) for name, weight in source.items()]
+    elif isinstance(source, str):
+        split = [piece.strip().partition(":") for piece in source.split(",")]
+        pieces = [(name, weight if colon else 1.0) for name, colon, weight in split]
+    else:
         return {}
-    if Path(source).exists():
-        return {source: 1.0}
     parts: dict[str, float] = {}
-    for piece in source.split(","):
-        name, colon, weight = piece.strip().partition(":")
+    for name, weight in pieces:
         try:
-            parts[name] = float(weight) if colon else 1.0
-        except ValueError:
+            parts[name] = float(weight)
+        except (TypeError, ValueError):
             raise ConfigError(f"calibration {source!r}: {weight!r} is not a weight. Expected NAME:NUMBER,…") from None
-    if any(weight <= 0 for weight in parts.values()):
-        raise ConfigError(f"calibration {source!r}: weights must be positive.")
+        if not 0 < parts[name] < math.inf:
+            raise ConfigError(f"calibration {source!r}: weights must be positive.")
     return parts
+
+
+def identify(source: Any) -> dict[str, list[Any]] | None:
+    """Tell a source from others without preparing it: {name: [weight, sha256 of a file]}; None for data in memory."""
+
+    def content(name: str) -> str | None:
+        path = Path(name)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    return {name: [weight, content(name)] for name, weight in _parse_mixture(source).items()} or None
 
 
 def _open_source(source: Any, request: CalibrationRequest, plugins: Plugins) -> tuple[Any, str]:
@@ -204,6 +215,10 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
         if "input_ids" not in columns and "text" not in columns:
             raise CalibrationError(f'dataset {name!r} has columns {columns}; expected "text" or "input_ids".')
         data = data if "input_ids" in columns else [row["text"] for row in data]
+    if isinstance(data, Mapping) and "input_ids" in data:  # what a tokenizer returns for many texts
+        masks = data.get("attention_mask")
+        masks = [None] * len(data["input_ids"]) if masks is None else masks
+        data = [{"input_ids": i, "attention_mask": m} for i, m in zip(data["input_ids"], masks, strict=False)]
     if isinstance(data, Tensor) and data.ndim == 2:
         data = list(data)
     rows = list(data)

@@ -59,6 +59,8 @@ def disk_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):  # safetensors wraps what the system says when writing
+            raise CheckpointError(f"{doing}: the disk is full. Free some space and run again.") from error
         raise CheckpointError(f"{doing}: not a valid safetensors file ({error}).") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -214,7 +216,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, expected: Iterable[str], limit: int = 5 * 10**9) -> None:
         self.folder, self.limit = folder, limit
-        self.room = 1024 + sum(self.HEADER_ROOM + len(name.encode()) for name in expected)
+        room = 1024 + sum(self.HEADER_ROOM + len(name.encode()) for name in expected)
+        self.room = -(-room // 8) * 8  # data starts on a multiple of 8, as safetensors' own writer has it
         self.shards: list[tuple[Path, dict[str, Any]]] = []
         self.total = 0
         self._file: Any = None
@@ -347,6 +350,11 @@ class TensorExporter(Exporter):
         """What a reader should be told about this folder."""
         return ()
 
+    def detects(self, folder: Path, config: Mapping[str, Any]) -> bool:
+        """By `quant_method` being the format's name; formats with other marks override this."""
+        quantization = config.get("quantization_config")
+        return isinstance(quantization, dict) and quantization.get("quant_method") == self.name
+
     def save(self, content: Content, folder: Path) -> None:
         """Write config, shards, carried files and provenance, then verify."""
         for layer in content.layers.values():
@@ -401,6 +409,8 @@ class TensorExporter(Exporter):
                 return self.decode(layers[name], tensors, quantization)
             except QcoreError as error:
                 raise CheckpointError(f"{folder}: layer {name}: {error}") from error
+            except KeyError as error:
+                raise CheckpointError(f"{folder}: layer {name} has no tensor {error}.") from error
 
         provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
         return Content(
@@ -436,8 +446,7 @@ def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> 
     Raises ModelError when it is none of them.
     """
     cache = Path(os.environ.get("QCORE_CACHE", Path.home() / ".cache" / "qcore"))
-    resolved = plugins.manager.hook.qcore_resolve_model(model=model, cache=cache)
-    if resolved is not None:
+    for resolved in plugins.call("qcore_resolve_model", model=model, cache=cache):
         return Path(resolved)
     if Path(model).exists():
         return Path(model)

@@ -38,7 +38,7 @@ def store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     Raises ModelError when the scale is not finite in `dtype` (weights beyond its range).
     """
-    tiny = torch.finfo(dtype).smallest_normal
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest number above zero
     safe = torch.where(scale.abs() < tiny, torch.where(scale < 0, -tiny, tiny).to(scale.dtype), scale)
     stored = safe.to(dtype).to(scale.dtype)
     if not bool(torch.isfinite(stored).all()):
@@ -66,55 +66,76 @@ def search_grid(
     sym: bool,
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
-    steps: int = 40,
-    shrink: float = 0.8,
-    norm: float = 2.0,
+    points: int = 20,
+    low: float = 0.5,
+    high: float = 1.1,
+    refine: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero), float32 [...], that minimise sum(importance * |w - grid(w)|**norm) over each group.
+    """Return (scale, zero), float32 [rows], of the least sum(importance * (w - grid(w))**2) over each group.
 
-    w: [..., g]. importance: broadcastable to w, None for all ones. Candidates shrink the covering grid by up to
-    `shrink` in `steps` steps. The symmetric search tries the scale as -extreme / 2**(bits-1), so that the largest
-    weight lands on the one code that only one sign has (the full range of AutoRound and of llama.cpp's Q4_0):
-    the scale may be negative. The covering grid of `minmax_grid` is always among the candidates.
+    w: [rows, g]. importance: [g], None for all ones. Tried are `points` ranges from `low` to `high` times the full
+    one, then `refine` closed-form steps: with the codes held, the best scale (and zero) is a weighted line fit. A
+    candidate only ever replaces a worse one; the covering grid of `minmax_grid` is the first.
+
+    The symmetric range is full: scale = -extreme / 2**(bits-1), so that the largest weight lands on the one code that
+    only one sign has (as in AutoRound and llama.cpp's Q4_0). The scale may therefore be negative.
     """
     maxq = 2**bits - 1
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    best_scale, best_zero = minmax_grid(w, bits, sym, scale_dtype)
-    best_loss = grid_loss(w, best_scale, best_zero, bits, importance, norm)
+    weights = torch.ones_like(w[0]) if importance is None else importance / importance.mean().clamp(min=1e-30)
+    weights = weights.clamp(min=1e-6)  # a column that hardly fires still keeps its weights within reach
+    scale, zero = minmax_grid(w, bits, sym, scale_dtype)
+    best = grid_loss(w, scale, zero, bits, weights)
+
+    def offer(s: Tensor, z: Tensor) -> None:
+        nonlocal best, scale, zero
+        s = store_scale(s, scale_dtype)
+        loss = grid_loss(w, s, z, bits, weights)
+        better = loss < best
+        best, scale, zero = torch.where(better, loss, best), torch.where(better, s, scale), torch.where(better, z, zero)
+
+    # low + i * step rather than linspace: the same floats on every device
+    ratios = [low + (high - low) * i / max(points - 1, 1) for i in range(points)]
+    least, most = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     if sym:
-        extreme = torch.where(high > -low, high, low)
-        full = -extreme / symmetric_zero(bits)
-    for step in range(steps):
-        ratio = 1 - shrink * step / steps
-        if sym:
-            scale = store_scale(torch.where(full == 0, torch.ones_like(full), full * ratio), scale_dtype)
-            candidates = [(scale, best_zero)]
-        else:
-            scale = (high - low) * (ratio / maxq)
-            scale = store_scale(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype)
-            exact = -low * ratio / scale
-            candidates = [(scale, (torch.round(exact) + shift).clamp(1, maxq)) for shift in _zero_shifts(bits)]
-        for scale, zero in candidates:
-            loss = grid_loss(w, scale, zero, bits, importance, norm)
-            better = loss < best_loss
-            best_loss = torch.where(better, loss, best_loss)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        extreme = torch.where(most > -least, most, least)
+        full = torch.where(extreme == 0, torch.ones_like(extreme), -extreme / symmetric_zero(bits))
+        for ratio in ratios:
+            offer(full * ratio, zero)
+            if bits <= 3:  # few levels: which side has the extra one weighs, so both are tried
+                offer(full * -ratio, zero)
+    else:
+        span = torch.where(most > least, (most - least) / maxq, torch.ones_like(most))
+        for ratio in ratios:
+            exact = torch.round(-least * ratio / store_scale(span * ratio, scale_dtype))
+            for shift in (0, -1, 1) if bits <= 3 else (0,):  # few levels: where zero falls weighs
+                offer(span * ratio, (exact + shift).clamp(1, maxq))
+    for _ in range(refine):
+        if not sym:
+            offer(*_fit_line(w, quantize(w, scale[:, None], zero[:, None], bits), weights, scale, zero, maxq))
+        centred = quantize(w, scale[:, None], zero[:, None], bits) - zero[:, None]
+        fitted = (centred * w) @ weights / (centred.square() @ weights).clamp(min=1e-12)
+        offer(torch.where(fitted == 0, scale, fitted), zero)
+    return scale, zero
 
 
-def _zero_shifts(bits: int) -> tuple[int, ...]:
-    """Zero points beside the rounded one are worth trying where a step is coarse."""
-    return (-1, 0, 1) if bits <= 3 else (0,)
+def _fit_line(
+    w: Tensor, codes: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, maxq: int
+) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero) of the weighted least-squares line w ~ a * code + b, where it rises; else what was."""
+    total = weights.sum()
+    mean_code, mean_w = codes @ weights / total, w @ weights / total
+    centred = codes - mean_code[:, None]
+    slope = (centred * w) @ weights / (centred.square() @ weights).clamp(min=1e-12)
+    rises = slope > 0
+    slope = torch.where(rises, slope, scale)
+    return slope, torch.where(rises, torch.round(mean_code - mean_w / slope).clamp(1, maxq), zero)
 
 
-def grid_loss(
-    w: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None = None, norm: float = 2.0
-) -> Tensor:
-    """Return sum over the group of importance * |w - grid(w)|**norm, [...], for w [..., g]."""
-    error = dequantize(quantize(w, scale[..., None], zero[..., None], bits), scale[..., None], zero[..., None]) - w
-    error = error.square() if norm == 2.0 else error.abs().pow(norm)
-    return (error if importance is None else error * importance).sum(-1)
+def grid_loss(w: Tensor, scale: Tensor, zero: Tensor, bits: int, weights: Tensor) -> Tensor:
+    """Return sum(weights * (w - grid(w))**2) over each group, [rows], for w [rows, g] and weights [g]."""
+    error = torch.div(w, scale[:, None]).round_().add_(zero[:, None]).clamp_(0, 2**bits - 1)
+    error.sub_(zero[:, None]).mul_(scale[:, None]).sub_(w)
+    return error.square_() @ weights
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

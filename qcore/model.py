@@ -35,7 +35,13 @@ def load_config(folder: ModelFolder, trust_remote_code: bool) -> Any:
                 "Read it, then pass trust_remote_code=True (--trust-remote-code)."
             )
     with _transformers_errors(f"the config of {folder.path}"):
-        return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+    depth = getattr(config, "num_hidden_layers", None)
+    if isinstance(depth, int) and depth > len(folder.tensors):
+        raise CheckpointError(
+            f"{folder.path}/config.json: num_hidden_layers is {depth}, but the files hold {len(folder.tensors)} tensors in all."
+        )
+    return config
 
 
 def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
@@ -105,7 +111,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
 def _transformers_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except (
+        Exception
+    ) as error:  # a damaged config makes transformers stumble anywhere: ZeroDivisionError, its own kinds, …
         raise ModelError(f"transformers cannot open {what}: {str(error).strip() or type(error).__name__}") from error
 
 
@@ -174,20 +182,20 @@ class ModuleWeights:
 
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """See Weights."""
-        home = {}
+        home: dict[str, Tensor] = {}
+        self._home[name] = home
         prefix = f"{name}." if name else ""
         module = self.model.get_submodule(name)
         for full, tensor in [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]:
             assert full.startswith(prefix)
-            home[full] = tensor
             check_finite(tensor, full)
+            home[full] = tensor
             is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
             _set(self.model, full, tensor.detach().to(device, dtype if is_weight else tensor.dtype))
-        self._home[name] = home
 
     def let_go(self, name: str) -> None:
         """See Weights."""
-        for full, tensor in self._home.pop(name).items():
+        for full, tensor in self._home.pop(name, {}).items():
             _set(self.model, full, tensor)
 
     def dtype_of(self, parameter: str) -> torch.dtype:

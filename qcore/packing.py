@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if 8 % bits == 0:  # whole codes per byte: shift within bytes, then look at four bytes as a word
         per_byte = 8 // bits
         padded = _blocks(codes, 4 * per_byte).reshape(*codes.shape[:-1], -1, per_byte)
-        joined = padded[..., 0].clone()
+        joined = padded[..., 0].clone(memory_format=torch.contiguous_format)
         for slot in range(1, per_byte):
             joined |= padded[..., slot] << (bits * slot)
         return joined.view(torch.int32)

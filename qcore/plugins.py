@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError, name_list, suggest
+from .errors import PluginError, QcoreError, name_list, suggest
 
 #: hook that offers a kind -> the kind's name, as users see it
 KINDS = MappingProxyType(
@@ -147,6 +148,29 @@ class Plugins:
         if name not in offers:
             raise PluginError(f"no {kind} is called {name!r}. {suggest(name, offers)}{self._absent()}")
         return self._sole(f"{kind} {name!r}", offers[name])
+
+    def call(self, hook: str, **facts: Any) -> list[Any]:
+        """Call a hook of every plugin, or until one answers if it is a firstresult hook; return the answers that are not None.
+
+        A plugin that raises is warned of by name and the others are called all the same. A QcoreError is meant for
+        the caller and passes.
+        """
+        caller = getattr(self.manager.hook, hook)
+        answers: list[Any] = []
+        for implementation in reversed(caller.get_hookimpls()):
+            try:
+                answer = implementation.function(*(facts[name] for name in implementation.argnames))
+            except QcoreError:
+                raise
+            except Exception as error:
+                message = f"plugin {implementation.plugin_name} failed in {hook}: {type(error).__name__}: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                continue
+            if answer is not None:
+                answers.append(answer)
+                if caller.spec.opts["firstresult"]:
+                    break
+        return answers
 
     def adapter_for(self, model_type: str) -> Any | None:
         """Return the declared adapter that serves a model type, or None.

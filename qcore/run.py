@@ -7,6 +7,7 @@ everything is there is the output assembled, verified and renamed into place.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -166,8 +167,8 @@ def capture_inputs(
     try:
         for name in before_blocks or outside(model, blocks_name):
             if _has_module(model, name):
-                weights.bring(name, device, dtype)
                 brought.append(name)
+                weights.bring(name, device, dtype)
         keep_on = _activation_device(model, batches, device, dtype)
         return walk.capture(model, blocks, batches, device, keep_on)
     finally:
@@ -226,36 +227,43 @@ def quantize_blocks(
         if job.algorithm.float_stream:
             float_inputs = walk.Stream(list(captured.stream.hidden))
     for index, (name, module) in enumerate(job.blocks):
-        job.weights.bring(name, job.device, job.dtype)
-        groups = job.adapter.groups_in(module)
-        dtype_of = job.weights.dtype_of
-        block = walk.make_block(
-            index, name, module, groups, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
-        )
-        restored = journal.read_block(index) if journal else None
-        if restored is not None:
-            results, records = restored
-        else:
-            results, records = _quantize(job, block)
-            if journal:
-                journal.write_block(index, results, records)
-            finished(index, records)
-        if captured is not None and index + 1 < len(job.blocks):
-            if float_inputs is not None:
-                with block.original_weights():
-                    block.advance(float_inputs, original=True)
-            for linear, weight in results.items():
-                if linear not in block._memo:
-                    block.replace(linear, weight)
-            block.advance(captured.stream)
-        job.weights.let_go(name)
+        try:
+            job.weights.bring(name, job.device, job.dtype)
+            groups = job.adapter.groups_in(module)
+            dtype_of = job.weights.dtype_of
+            block = walk.make_block(
+                index, name, module, groups, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
+            )
+            restored = journal.read_block(index) if journal else None
+            if restored is not None:
+                results, records = restored
+            else:
+                results, records = _quantize(job, block)
+                if journal:
+                    journal.write_block(index, results, records)
+                finished(index, records)
+            if captured is not None and index + 1 < len(job.blocks):
+                if float_inputs is not None:
+                    with block.original_weights():
+                        block.advance(float_inputs, original=True)
+                for linear, weight in results.items():
+                    if linear not in block._memo:
+                        block.replace(linear, weight)
+                block.advance(captured.stream)
+        finally:  # also of an interrupted run: a model in memory gets its own weights back
+            job.weights.let_go(name)
         yield index, results, records
 
 
 def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]:
     """Let the algorithm work on one block and check that it did all of it, in the form promised."""
     started = time.perf_counter()
-    results = job.algorithm.quantize_block(block) if block.linears else {}
+    try:
+        results = job.algorithm.quantize_block(block) if block.linears else {}
+    except ModelError as error:
+        if block.name in str(error):
+            raise
+        raise ModelError(f"block {block.name}: {error}") from error
     seconds = (time.perf_counter() - started) / max(1, len(block.linears))
     if set(results) != set(block.linears):
         missing = sorted(set(block.linears) - set(results)) or sorted(set(results) - set(block.linears))
@@ -290,20 +298,26 @@ class Journal:
     def __init__(self, output: Path, fresh: bool = False) -> None:
         self.path = output.with_name(f"{output.name}.partial")
         self.output = output
-        if fresh and self.path.exists():
-            shutil.rmtree(self.path)
         with disk_errors(f"making {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise RunError(f"another run is writing {output} (it holds {self.path}/lock).") from None
+        if fresh:
+            for old in self.path.iterdir():
+                if old.name != "lock":
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def calibration(self, make: Callable[[], Calibration], asked: Mapping[str, Any]) -> Calibration:
-        """Return the run's calibration: read back when it was made before, so that sampling is not repeated."""
+        """Return the run's calibration: read back when it was made before, so that sampling is not repeated.
+
+        Data held in memory (asked["source"] is None) is looked at again: `begin` tells whether it is the same.
+        """
         path = self.path / "calibration.safetensors"
-        if path.is_file():
+        if path.is_file() and asked["source"] is not None:
             with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
                 note = json.loads(handle.metadata()["qcore"])
                 if note["asked"] == json.loads(json.dumps(asked)):
@@ -314,8 +328,8 @@ class Journal:
                         sequences.append(TokenSequence(handle.get_tensor(f"ids.{number}"), mask))
                     return Calibration(sequences, note["report"])
         made = make()
-        tensors = {f"ids.{n}": sequence.ids for n, sequence in enumerate(made.sequences)}
-        tensors |= {f"mask.{n}": s.mask for n, s in enumerate(made.sequences) if s.mask is not None}
+        tensors = {f"ids.{n}": sequence.ids.clone() for n, sequence in enumerate(made.sequences)}
+        tensors |= {f"mask.{n}": s.mask.clone() for n, s in enumerate(made.sequences) if s.mask is not None}
         note = {"asked": asked, "count": len(made.sequences), "report": made.report}
         if not self._blocks():  # a journal with blocks keeps the calibration they were made with
             write_atomic(path, lambda draft: save_file(tensors, draft, {"qcore": json.dumps(note)}))
@@ -374,7 +388,9 @@ class Journal:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Leave the journal for a later run."""
+        """Leave the journal for a later run; one that holds nothing yet goes."""
+        if [path.name for path in self.path.glob("*")] == ["lock"]:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
 
@@ -397,7 +413,7 @@ def fingerprint(job: Job, folder: ModelFolder) -> dict[str, Any]:
         "model": {"weights": model_digest(folder), "config": folder.config},
         "linears": {name: config and config.model_dump() for name, config in job.linears.items()},
         "algorithm": {"name": described["algorithm"], **described["params"]},
-        "calibration": job.calibration.digest if job.calibration else None,
+        "calibration": _calibration_facts(job.calibration) if job.calibration else None,
         "run": {"seed": job.seed, "batch_size": job.batch_size, "adapter": job.adapter.name},
         "environment": {
             "qcore": __version__,
@@ -408,6 +424,12 @@ def fingerprint(job: Job, folder: ModelFolder) -> dict[str, Any]:
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         },
     }
+
+
+def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    """What was asked for, which tells a user more than the digest, and the digest of what it came to."""
+    sources = [source["source"] for source in calibration.report.get("sources", [])]
+    return {**calibration.report.get("asked", {}), "sources": sources, "digest": calibration.digest}
 
 
 def model_digest(folder: ModelFolder) -> str:
@@ -436,13 +458,13 @@ def quantize_to_folder(
     blocks are kept.
     """
     assert isinstance(job.weights, FolderWeights)
+    _keep_heap_small()
     done = journal.begin(fingerprint(job, folder))
-    hook = plugins.manager.hook
     started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
-    hook.qcore_run_started(plan=started)
+    plugins.call("qcore_run_started", plan=started)
     records: list[dict[str, Any]] = []
     location: dict[str, int] = {}
-    for index, results, found in quantize_blocks(job, journal, _announce(hook)):
+    for index, results, found in quantize_blocks(job, journal, _announce(plugins)):
         records += found
         location.update(dict.fromkeys(results, index))
     content = journal_content(job, folder, journal, location, records)
@@ -450,13 +472,25 @@ def quantize_to_folder(
         exporter.save(content, draft)
     journal.finish()
     report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
-    hook.qcore_run_finished(report=report)
+    plugins.call("qcore_run_finished", report=report)
     return report
 
 
-def _announce(hook: Any) -> Callable[[int, list[dict[str, Any]]], None]:
+def _keep_heap_small() -> None:
+    """Have glibc give freed tensors back to the system at once.
+
+    By default it raises the size from which it does so to that of what was freed (up to 32 MiB), and a run's peak
+    creeps up with depth through fragmentation: measured 18 % over 24 small blocks, none with a fixed threshold.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        m_mmap_threshold, size = -3, 1 << 17
+        libc.mallopt(m_mmap_threshold, size)
+
+
+def _announce(plugins: Plugins) -> Callable[[int, list[dict[str, Any]]], None]:
     def finished(index: int, records: list[dict[str, Any]]) -> None:
-        hook.qcore_block_finished(index=index, records=records)
+        plugins.call("qcore_block_finished", index=index, records=records)
 
     return finished
 

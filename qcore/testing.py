@@ -31,7 +31,7 @@ from .errors import QcoreError
 from .exporter import Exporter
 from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
-from .plugins import Plugins, installed
+from .plugins import KINDS, Plugins, installed
 from .run import capture_inputs
 from .weight import QuantizedWeight
 
@@ -341,6 +341,13 @@ class _Held:
 
 def check_plugin(point: importlib.metadata.EntryPoint) -> None:
     """Check that an entry point loads cleanly and offers something."""
-    (plugin,) = Plugins([point], disabled=(), only=None).all
+    plugins = Plugins([point], disabled=(), only=None)
+    (plugin,) = plugins.all
     assert plugin.status == "loaded", f"{plugin.label}: {plugin.reason}"
-    assert plugin.offers or not [name for name in vars(point.load()) if name.startswith("qcore_")], "it offers nothing"
+    hooks = {
+        caller.name
+        for module in plugins.manager.get_plugins()
+        for caller in plugins.manager.get_hookcallers(module) or []
+    }
+    assert hooks, f"{plugin.label}: it implements no hook"
+    assert plugin.offers or hooks.isdisjoint(KINDS), f"{plugin.label}: it offers nothing"

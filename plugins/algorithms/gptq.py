@@ -1,12 +1,15 @@
-"""GPTQ: one column at a time, the error of each spread over the columns still to come (arXiv 2210.17323).
+"""GPTQ: one column after another, the error of each spread over the columns still to come (arXiv 2210.17323).
 
-Letters as in the paper: W [out, in] the weight, X the inputs [tokens, in], H = 2/T X'X the Hessian of the layer-wise
-squared error, U the upper Cholesky factor of H's inverse. What differs from the common implementations, and why, is
-in docs/algorithms/gptq.md, with the ablation that decided each default.
+Letters as in the paper: W [out, in] the weight, X [tokens, in] the inputs, H [in, in] = X'X / tokens the Hessian of the
+layer-wise squared error, U the upper Cholesky factor of its inverse, Err the scaled errors. What differs from common
+implementations, and the ablation that decided each default, is in docs/algorithms/gptq.md. Not here: forward
+passes, devices, files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,133 +20,217 @@ from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, Qua
 
 from .rtn import group_grids, round_to_nearest
 
+# ---- the Hessian -----------------------------------------------------------------------------------------------------
+
 
 class Hessian:
-    """Accumulates H [in, in] float32 over tokens, by blocks of columns: H is symmetric, so half is enough."""
+    """Accumulates X'X [in, in] in float32 over batches, and, for float targets, X_float'X.
 
-    PANEL = 512
+    X'X is symmetric, so only panels on and right of the diagonal are computed.
+    """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.H = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+    PANEL = 256  # columns; narrower panels save more of the lower half, wider ones multiply faster
+
+    def __init__(self, columns: int, device: torch.device, with_cross: bool = False) -> None:
+        self.sum = torch.zeros(columns, columns, device=device)
+        self.cross = torch.zeros(columns, columns, device=device) if with_cross else None
         self.tokens = 0
 
-    def add(self, X: Tensor) -> None:
-        """Add the tokens of X [tokens, in]."""
+    def add(self, X: Tensor, X_float: Tensor | None = None) -> None:
+        """Add the tokens of X [tokens, in]; X_float are the same tokens in the float model."""
         X = X.float()
-        columns = X.shape[1]
-        for start in range(0, columns, self.PANEL):
-            stop = min(start + self.PANEL, columns)
-            self.H[start:stop, start:].addmm_(X[:, start:stop].t(), X[:, start:])
+        for start in range(0, X.shape[1], self.PANEL):
+            stop = min(start + self.PANEL, X.shape[1])
+            self.sum[start:stop, start:].addmm_(X[:, start:stop].t(), X[:, start:])
+        if self.cross is not None and X_float is not None:
+            self.cross.addmm_(X_float.float().t(), X)
         self.tokens += X.shape[0]
 
-    def finish(self) -> Tensor:
-        """Return H = 2/T X'X, both halves."""
-        upper = self.H.triu()
-        return (upper + upper.triu(1).t()) * (2 / max(1, self.tokens))
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Return H = X'X / tokens and C = X_float'X / tokens (or None)."""
+        upper = self.sum.triu()
+        H = (upper + upper.triu(1).t()) / max(1, self.tokens)
+        return H, None if self.cross is None else self.cross / max(1, self.tokens)
 
 
-def damped_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float] | None:
-    """Return (U [in, in] upper with inverse(H + damping) = U'U, the share of damping used).
+def dampen(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
+    """Return H + damp_percent * mean(diag H) * I + shrink * diag(H).
 
-    The damping is a share of H's mean diagonal, raised tenfold until the factorization succeeds; None when even a
-    hundred times the mean diagonal does not help.
+    The first term is the paper's and keeps weak directions from being trusted. The second takes every correlation down by
+    1 / (1 + shrink), those of strong columns too, on which the first has no effect: it is what helps on text
+    unlike the calibration's. A column that never fired ends up alone on the diagonal: its weights are kept and rounded plainly.
     """
-    mean = H.diagonal().mean()
+    damped = H.clone()
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # nothing fired at all
+    diagonal.mul_(1 + shrink).add_(damp_percent * mean)
+    return damped
+
+
+def inverse_factor(H: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, float] | None:
+    """Return (U [in, in] upper with U'U = inverse of the damped H, the damp_percent used).
+
+    The damping is raised tenfold for as long as the factorization fails; None when nothing helps.
+    """
     damp = damp_percent
-    while damp <= 100:
-        damped = H + torch.eye(len(H), device=H.device) * (damp * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
+    while damp <= 1e4:
+        L, failed = torch.linalg.cholesky_ex(dampen(H, damp, shrink))
         if not int(failed):
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
             if not int(failed) and bool(torch.isfinite(U).all()):
                 return U, damp
-        damp = max(damp, 1e-3) * 10
+        damp *= 10
     return None
 
 
-def column_order(diagonal: Tensor, group_size: int, order: str) -> Tensor:
-    """Return perm [in], the order in which columns are quantized.
+def float_target(W: Tensor, H: Tensor, C: Tensor, share: float, damp_percent: float) -> Tensor:
+    """Return the weight to aim at so that outputs approach the float model's: W + share * W (C - H) inv(H + damping).
 
-    "none": as they stand. "desc_act" and "static": by falling diag(H). "group": whole groups by their largest
-    diag(H), columns by falling diag(H) inside each (arXiv 2505.14638), so that groups stay where they are.
+    At share 1 it minimises |W X_float - Q X|^2 + damping * |W - Q|^2, GPTAQ's objective (arXiv 2504.02692) in closed
+    form. Half the way is better than all of it: a full step also fits what is particular to the calibration text.
+    """
+    L, failed = torch.linalg.cholesky_ex(dampen(H, damp_percent, 0.0))
+    if int(failed):
+        return W  # no correction is always a valid target
+    return W + share * torch.cholesky_solve((W @ (C - H)).t(), L).t()
+
+
+# ---- the order of columns --------------------------------------------------------------------------------------------
+
+
+def column_order(diagonal: Tensor, size: int, order: str) -> Tensor:
+    """Return perm [in]: column perm[i] is the i-th to be quantized. diagonal: diag H; size: columns in a group.
+
+    "none": as they stand. "act": by falling diagonal. "group": groups kept whole, the strongest first, and strong columns
+    first inside each (arXiv 2505.14638); a shorter last group stays last.
     """
     columns = len(diagonal)
     if order == "none":
         return torch.arange(columns, device=diagonal.device)
-    if order in ("desc_act", "static") or group_size == -1:
-        return torch.argsort(diagonal, descending=True, stable=True)
-    parts = [
-        start + torch.argsort(diagonal[start : start + group_size], descending=True, stable=True)
-        for start in range(0, columns, group_size)
-    ]
-    tops = torch.stack([diagonal[part].max() for part in parts])
-    if columns % group_size:
-        tops[-1] = -1  # a shorter last group stays last, so that group boundaries stay multiples of group_size
-    return torch.cat([parts[int(i)] for i in torch.argsort(tops, descending=True, stable=True)])
+    if order == "act":
+        return diagonal.argsort(descending=True, stable=True)
+    whole = columns // size * size
+    blocks = diagonal[:whole].view(-1, size)  # [groups, size]
+    inside = blocks.argsort(dim=1, descending=True, stable=True)
+    strongest = blocks.amax(1).argsort(descending=True, stable=True)
+    first = torch.arange(0, whole, size, device=diagonal.device)[:, None]
+    tail = diagonal[whole:].argsort(descending=True, stable=True) + whole
+    return torch.cat([(inside + first)[strongest].reshape(-1), tail])
 
 
-def solve(
-    W: Tensor,
-    U: Tensor,
-    config: QuantConfig,
-    perm: Tensor,
-    g_idx: Tensor,
-    importance: Tensor | None,
-    method: str,
-    block_size: int,
-    static_grids: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize W [out, in], its columns (and U, g_idx, importance) already in the order of perm.
+# ---- the solver ------------------------------------------------------------------------------------------------------
 
-    Returns codes float [out, in], scales and zeros float32 [out, groups], columns still in that order. Grids are
-    found from the live, compensated weights when a group's first column comes up, unless static_grids gives them.
+
+@dataclass
+class Solution:
+    """codes, scales and zeros in float32, [out, in] and [out, groups], columns where they were; g_idx int32 [in]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    damp_percent: float
+
+
+def solve(W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params) -> Solution | None:
+    """Quantize W [out, in] float32 so that tr((W - Q) H (W - Q)') is small; None when H cannot be factorized.
+
+    Group grids are found from the live weights, as compensated so far, when a group's first column comes up; with
+    static_groups beforehand, from W itself. The grid search weighs a column by 1/U_jj^2: what an error there costs after
+    the later columns have made up for it.
     """
     rows, columns = W.shape
     size = columns if config.group_size == -1 else config.group_size
-    span = size if size > block_size else block_size - block_size % size  # a group's columns must all be live
-    W = W.clone()
-    codes = torch.empty_like(W)
-    groups = int(g_idx.max()) + 1
-    scales = torch.ones(rows, groups, device=W.device) if static_grids is None else static_grids[0]
-    zeros = torch.ones(rows, groups, device=W.device) if static_grids is None else static_grids[1]
-    order = g_idx.tolist()
-    for start in range(0, columns, span):
-        stop = min(start + span, columns)
-        W1 = W[:, start:stop].t().contiguous()  # [span, out]: a column of W is a contiguous row here
+    order = "act" if params.desc_act else params.order
+    perm = column_order(H.diagonal(), size, order)
+    factor = inverse_factor(H[perm][:, perm], params.damp_percent, params.shrink)
+    if factor is None:
+        return None
+    U, damp_percent = factor
+    inverse = perm.argsort()
+    plain = grid.group_index(columns, config.group_size, W.device)
+    visited = plain if params.desc_act and not params.static_groups else plain[perm]  # group of the i-th column
+    importance = U.diagonal().square().reciprocal()  # [in], in the order of visit
+    groups = grid.num_groups(columns, config.group_size)
+    scales = torch.ones(groups, rows, device=W.device)  # groups and columns come first here: rows are contiguous
+    zeros = torch.ones(groups, rows, device=W.device)
+    if params.static_groups:
+        found = group_grids(W, config, params.grid, importance[inverse])
+        scales.copy_(found[0].t())
+        zeros.copy_(found[1].t())
+
+    Wt = W.t()[perm].contiguous()  # [in, out], live: compensated as columns are done
+    codes = torch.empty_like(Wt)
+    current = -1
+    group_of = visited.tolist()
+    for start, stop in _spans(columns, size, params.block_size):
+        W1, U1 = Wt[start:stop], U[start:stop, start:stop]
         Err = torch.empty_like(W1)
-        U1 = U[start:stop, start:stop]
         for i in range(stop - start):
-            column = start + i
-            group = order[column]
-            if static_grids is None and column % size == 0:
-                end = min(i + size, stop - start)
-                local = None if importance is None else importance[column : start + end]
-                live = W1[i:end].t()
-                if method == "minmax":
-                    scale, zero = grid.minmax_grid(live, config.bits, config.sym)
-                else:
-                    scale, zero = grid.search_grid(live, config.bits, config.sym, local)
-                scales[:, group], zeros[:, group] = scale, zero
-            elif static_grids is not None:
-                scale, zero = scales[:, group], zeros[:, group]
-            q = grid.quantize(W1[i], scale, zero, config.bits)
-            codes[:, column] = q
-            Err[i] = (W1[i] - grid.dequantize(q, scale, zero)) / U1[i, i]
+            j, group = start + i, group_of[start + i]
+            if not params.static_groups and group != current:
+                current = group
+                width = min(size, columns - group * size)
+                live = Wt[j : j + width].t().contiguous()  # [out, width]
+                scales[group], zeros[group] = find_grid(live, config, params.grid, importance[j : j + width])
+            scale, zero = scales[group], zeros[group]
+            code = torch.div(W1[i], scale, out=codes[j]).round_().add_(zero).clamp_(0, config.maxq)
+            torch.sub(W1[i], (code - zero).mul_(scale), out=Err[i]).div_(U1[i, i])
             W1[i + 1 :].addr_(U1[i, i + 1 :], Err[i], alpha=-1)
-        W[:, stop:].addmm_(Err.t(), U[start:stop, stop:], alpha=-1)
-    return codes, scales, zeros
+        Wt[stop:].addmm_(U[start:stop, stop:].t(), Err, alpha=-1)
+    g_idx = visited[inverse].to(torch.int32).contiguous()
+    return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, damp_percent)
+
+
+def find_grid(w: Tensor, config: QuantConfig, method: str, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero) [out] of a group w [out, g]."""
+    if method == "minmax":
+        return grid.minmax_grid(w, config.bits, config.sym)
+    return grid.search_grid(w, config.bits, config.sym, importance)
+
+
+def _spans(columns: int, size: int, block_size: int) -> list[tuple[int, int]]:
+    """Cut the columns into lazy blocks of whole groups, or of parts of one group.
+
+    Columns behind a block are updated when it ends. A block that ends inside a group other than the one it began in would
+    let that group's grid be found from weights that still lack the block's updates.
+    """
+    step = max(1, block_size // size) * size
+    spans = []
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        inner = step if size <= block_size else block_size
+        spans += [(i, min(i + inner, end)) for i in range(start, end, inner)]
+    return spans
+
+
+def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone."""
+    lost = (((W - Q) @ H) * (W - Q)).sum().clamp(min=0)
+    whole = ((W @ H) * W).sum().clamp(min=1e-30)
+    return float((lost / whole).sqrt())
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
 class Gptq(Algorithm):
-    """GPTQ with grids from the live weights, shared Hessians, and act-order that costs nothing at run time."""
+    """GPTQ with grids from the live weights, shared Hessians, and an order of columns that costs nothing at run time."""
 
     class Params(Options):
-        """desc_act: quantize columns by falling diag(H), groups formed in that order (g_idx must be looked up at run time).
-        static_groups: with desc_act, groups stay where they are and their grids are found beforehand.
-        order: the order when desc_act is off: "group" (whole groups by importance; no run-time cost) or "none".
-        true_sequential: linears that depend on others see those quantized already.
-        damp_percent: share of H's mean diagonal added to its diagonal; raised when the factorization fails.
-        grid: "minmax", or "mse", a scale search weighted by diag(H).
+        """The options of GPTQ.
+
+        desc_act: quantize columns by falling diag(H) and form the groups in that order, so that kernels must look up g_idx.
+        static_groups: find all group grids beforehand, so that with desc_act groups stay where they are.
+        order: the order without desc_act: "group" (strong groups first, strong columns first inside; no cost at
+            run time) or "none".
+        true_sequential: linears see those that run before them quantized already.
+        damp_percent: share of H's mean diagonal added to its diagonal; raised tenfold while the factorization fails.
+        shrink: share of its own diagonal added to H's diagonal; guards against overfitting the calibration text.
+        float_targets: how far to aim at the float model's outputs rather than the float weights', 0 to 1. 0.5 is best
+            and costs about twice the time and memory.
+        grid: "mse", a scale search weighted by what errors cost, or "minmax".
         block_size: columns between two updates of the columns behind them.
         """
 
@@ -151,7 +238,9 @@ class Gptq(Algorithm):
         static_groups: bool = False
         order: Literal["group", "none"] = "group"
         true_sequential: bool = True
-        damp_percent: float = Field(0.05, gt=0, le=10)
+        damp_percent: float = Field(0.1, gt=0, le=10)
+        shrink: float = Field(0.1, ge=0, le=10)
+        float_targets: float = Field(0.0, ge=0, le=1)
         grid: Literal["minmax", "mse"] = "mse"
         block_size: int = Field(128, ge=1)
 
@@ -159,96 +248,81 @@ class Gptq(Algorithm):
     name = "gptq"
     description = "GPTQ: error-compensated rounding with a calibrated Hessian"
 
+    @property
+    def float_stream(self) -> bool:
+        """Only to aim at the float model's outputs."""
+        return self.params.float_targets > 0
+
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
-        """Quantize group by group of linears that share an input."""
+        """Quantize the groups of linears that share an input, in the order they run."""
         results: dict[str, QuantizedWeight] = {}
         rounds = [[group] for group in block.groups] if self.params.true_sequential else [list(block.groups)]
         for groups in rounds:
-            hessians: dict[str, Hessian] = {}
-
-            def visit(name: str, X: Tensor, hessians: dict[str, Hessian] = hessians) -> None:
-                if name not in hessians:
-                    hessians[name] = Hessian(X.shape[1], X.device)
-                hessians[name].add(X)
-
-            block.observe([group[0] for group in groups], visit)
+            hessians = self._hessians(block, [group[0] for group in groups])
+            found: dict[str, QuantizedWeight] = {}
             for group in groups:
-                H = hessians[group[0]].finish() if group[0] in hessians else None
-                found = self._quantize_group(block, group, H)
-                for name, weight in found.items():
-                    block.replace(name, weight)
-                results |= found
+                found |= self._quantize_group(block, group, hessians.get(group[0]))
+            for name, weight in found.items():
+                block.replace(name, weight)
+            results |= found
         return results
 
+    def _hessians(self, block: BlockContext, names: Sequence[str]) -> dict[str, Hessian]:
+        """Return H of each named linear that saw any token, from one replay."""
+        hessians: dict[str, Hessian] = {}
+
+        def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
+            if name not in hessians:
+                hessians[name] = Hessian(X.shape[1], X.device, self.float_stream)
+            hessians[name].add(X, X_float)
+
+        block.observe(names, visit, paired=self.float_stream)
+        return hessians
+
     def _quantize_group(
-        self, block: BlockContext, group: tuple[str, ...], H: Tensor | None
+        self, block: BlockContext, group: tuple[str, ...], hessian: Hessian | None
     ) -> dict[str, QuantizedWeight]:
-        """Quantize linears that share H with as few factorizations as their configs allow."""
-        if H is not None and not bool(torch.isfinite(H).all()):
-            raise ModelError(f"the inputs of {group[0]} hold NaN or Inf; its activations overflow.")
+        """Quantize linears that share H stacked, once per distinct config."""
+        if hessian is None or hessian.tokens == 0:
+            return {name: self._plain(block, name, "no calibration token reached it") for name in group}
+        H, C = hessian.finish()
+        if not bool(torch.isfinite(H).all()):
+            raise ModelError(f"the inputs of {group[0]} hold NaN or Inf: its activations overflow.")
         results: dict[str, QuantizedWeight] = {}
         for config in dict.fromkeys(block.linears[name].config for name in group):
             names = [name for name in group if block.linears[name].config == config]
             W = torch.cat([block.linears[name].weight.float() for name in names])
-            solved = None if H is None else self._solve(W, H, config)
-            if solved is None:
-                why = "no calibration tokens reached it" if H is None else "its Hessian could not be factorized"
-                for name in names:
-                    linear = block.linears[name]
-                    results[name] = round_to_nearest(linear.weight, config, "mse", None, linear.bias)
-                    block.record(name, error=None, note=f"rounded to nearest: {why}")
+            target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
+            solution = solve(target, H, config, self.params)
+            if solution is None:
+                results |= {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
                 continue
-            codes, scales, zeros, g_idx, damp = solved
-            sizes = [block.linears[name].weight.shape[0] for name in names]
-            for name, c, s, z in zip(names, codes.split(sizes), scales.split(sizes), zeros.split(sizes), strict=True):
+            start = 0
+            for name in names:
                 linear = block.linears[name]
-                weight = QuantizedWeight(
-                    c.to(torch.uint8).contiguous(), s.to(torch.float16).contiguous(), z.to(torch.int32).contiguous(),
-                    g_idx, config, linear.bias,
-                )  # fmt: skip
-                results[name] = weight
-                assert H is not None
-                block.record(name, error=relative_error(linear.weight.float(), weight, H))
-                if damp != self.params.damp_percent:
-                    block.record(name, note=f"damping raised to {damp:g} of the mean diagonal")
+                rows = slice(start, start + len(linear.weight))
+                start = rows.stop
+                results[name] = QuantizedWeight(
+                    codes=solution.codes[rows].to(torch.uint8).contiguous(),
+                    scales=solution.scales[rows].to(torch.float16).contiguous(),
+                    zeros=solution.zeros[rows].to(torch.int32).contiguous(),
+                    g_idx=solution.g_idx,
+                    config=config,
+                    bias=linear.bias,
+                )
+                block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
+                if solution.damp_percent != self.params.damp_percent:
+                    block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
 
-    def _solve(self, W: Tensor, H: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
-        """Return codes, scales, zeros, g_idx in the original column order and the damping used, or None."""
-        params = self.params
-        diagonal = H.diagonal().clone()
-        dead = diagonal == 0
-        if bool(dead.any()):  # inputs that never fire: their weights are kept, rounded plainly
-            H = H.clone()
-            diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
-            H.diagonal().copy_(diagonal)
-        order = ("static" if params.static_groups else "desc_act") if params.desc_act else params.order
-        perm = column_order(diagonal, config.group_size, order)
-        factor = damped_factor(H[perm][:, perm], params.damp_percent)
-        if factor is None:
-            return None
-        U, damp = factor
-        plain = grid.group_index(len(diagonal), config.group_size, W.device)
-        importance = diagonal[perm]
-        static = None
-        if order == "static":
-            scales, zeros, _ = group_grids(W, config, params.grid, diagonal)
-            static = (scales, zeros)
-        live_groups = plain if order in ("desc_act", "none") else plain[perm]
-        codes, scales, zeros = solve(
-            W[:, perm], U, config, perm, live_groups.long(), importance, params.grid, params.block_size, static
-        )
-        inverse = torch.argsort(perm)
-        g_idx = plain[inverse].contiguous() if order == "desc_act" else plain
-        return codes[:, inverse], scales, zeros, g_idx, damp
-
-
-def relative_error(W: Tensor, weight: QuantizedWeight, H: Tensor) -> float:
-    """Return |(W - Q) X| / |W X| over the calibration tokens."""
-    difference = weight.dequantize() - W
-    lost = ((difference @ H) * difference).sum().clamp_min(0)
-    whole = ((W @ H) * W).sum().clamp_min(1e-30)
-    return float((lost / whole).sqrt())
+    def _plain(self, block: BlockContext, name: str, why: str, H: Tensor | None = None) -> QuantizedWeight:
+        """Round one linear to nearest and say why."""
+        linear = block.linears[name]
+        importance = None if H is None else H.diagonal()
+        weight = round_to_nearest(linear.weight, linear.config, "mse", importance, linear.bias)
+        error = None if H is None else relative_error(linear.weight.float(), weight.dequantize(), H)
+        block.record(name, error=error, note=f"rounded to nearest: {why}")
+        return weight
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qcore import Algorithm, BlockContext, Options, QuantConfig, QuantizedWeight, grid, hookimpl
+from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
 
 
 def group_grids(
@@ -77,6 +77,9 @@ class Rtn(Algorithm):
                 power[name] = power[name] + square if name in power else square
 
             block.observe([group[0] for group in block.groups], visit)
+            for name, square in power.items():
+                if not bool(torch.isfinite(square).all()):
+                    raise ModelError(f"the inputs of {name} hold NaN or Inf; its activations overflow.")
         results = {}
         for group in block.groups:
             for name in group:

@@ -1,0 +1,53 @@
+"""Peak resident memory against depth: the same Llama block 6, 12 and 24 times, streamed from folder to folder.
+
+    python benchmarks/memory_depth.py [--hidden 512] [--depths 6 12 24]
+
+Each depth runs in a process of its own; the model's weights grow with depth, peak memory should not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RUN = """
+import resource, sys, json, torch, qcore
+tokens = [torch.randint(0, 1000, (256,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+qcore.quantize(sys.argv[1], "gptq", bits=4, group_size=128, calibration=tokens, output=sys.argv[2], device="cpu")
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+def make_model(folder: Path, depth: int, hidden: int) -> float:
+    """Save a Llama of `depth` equal random blocks; return its size in MiB."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 128 * 128, num_hidden_layers=depth,
+                         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, vocab_size=1000,
+                         dtype="float16")  # fmt: skip
+    model = LlamaForCausalLM(config).half()
+    for block in model.model.layers[1:]:
+        block.load_state_dict(model.model.layers[0].state_dict())
+    model.save_pretrained(folder, max_shard_size="100MB")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24])
+    arguments = parser.parse_args()
+    for depth in arguments.depths:
+        with tempfile.TemporaryDirectory() as scratch:
+            size = make_model(Path(scratch) / "model", depth, arguments.hidden)
+            command = [sys.executable, "-c", RUN, f"{scratch}/model", f"{scratch}/out"]
+            peak = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+            print(f"{depth:3} blocks, {size:7.0f} MiB of weights: peak {peak:7.0f} MiB", flush=True)
