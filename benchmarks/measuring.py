@@ -31,15 +31,15 @@ class Bench:
     hidden: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: str, texts: dict[str, Path], count: int, seqlen: int = 512) -> Bench:
+    def open(cls, model: str, texts: dict[str, Path], count: int, device: str = "cpu", seqlen: int = 512) -> Bench:
         """Open the model in float32 and tokenize the first `count` windows of each text."""
         folder = resolve_model(model, installed())
         tokenizer = load_tokenizer(folder)
         windows = {}
         for name, path in texts.items():
             ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][: count * seqlen]
-            windows[name] = torch.tensor(ids).view(-1, seqlen)
-        bench = cls(folder, load_float(ModelFolder(folder), dtype=torch.float32), tokenizer, windows)
+            windows[name] = torch.tensor(ids, device=device).view(-1, seqlen)
+        bench = cls(folder, load_float(ModelFolder(folder), dtype=torch.float32).to(device), tokenizer, windows)
         bench.hidden = {name: torch.stack([bench._last_hidden(w) for w in ids]) for name, ids in windows.items()}
         return bench
 
@@ -54,7 +54,8 @@ class Bench:
         for name, weight in weights.items():
             parameter = self.model.get_parameter(name)
             kept[name] = parameter.data
-            parameter.data = weight.float() if weight.shape == parameter.shape else weight.float().t()
+            weight = weight.to(parameter.device, torch.float32)
+            parameter.data = weight if weight.shape == parameter.shape else weight.t()
         try:
             result: dict[str, float] = {}
             for name, windows in self.windows.items():

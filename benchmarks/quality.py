@@ -18,6 +18,7 @@ from measuring import Bench, Clock, table, token_file, weights_of
 from safetensors.torch import load_file
 
 import qcore
+from qcore.cli import _pairs
 
 COLUMNS = ["method", "bits", "sym", "ppl_near", "ppl_far", "kl_near", "kl_far", "cpu_seconds"]
 
@@ -31,26 +32,31 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=Path, required=True, help=".npy of calibration token ids [samples, seqlen]")
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="where to quantize and evaluate")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--algorithms", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--algorithms", nargs="+", default=["rtn", "gptq"],
+                        help="names, each with options: 'rtn grid=mse'")  # fmt: skip
     parser.add_argument("--peers", type=Path, help="folder of peer runs")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     texts = {name: arguments.texts / f"{name}.txt" for name in ("near", "far")}
-    bench = Bench.open(arguments.model, texts, arguments.windows)
+    bench = Bench.open(arguments.model, texts, arguments.windows, arguments.device)
     tokens = token_file(arguments.tokens)
     rows = [{"method": "float", "bits": 32, "sym": "", **bench.measure({})}]
     for bits in arguments.bits:
         for sym in (True, False):
             for algorithm in arguments.algorithms:
                 with Clock() as clock:
+                    name, *options = algorithm.split()
                     model = qcore.quantize(
-                        str(bench.folder), algorithm, bits=bits, group_size=64, sym=sym, calibration=tokens,
-                        samples=len(tokens), seqlen=len(tokens[0]), device="cpu",
+                        str(bench.folder), name, bits=bits, group_size=64, sym=sym, calibration=tokens,
+                        samples=len(tokens), seqlen=len(tokens[0]), device=arguments.device,
+                        **_pairs(tuple(options)),
                     )  # fmt: skip
                 row = {"method": f"qcore {algorithm}", "bits": bits, "sym": sym, "cpu_seconds": clock.cpu}
                 rows.append({**row, **bench.measure(weights_of(model))})
                 print(table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+                arguments.out.write_text(json.dumps(rows, indent=1))
     for result in sorted(arguments.peers.glob("*/result.json")) if arguments.peers else []:
         run = json.loads(result.read_text())
         row = {"method": f"{run['peer']} {run['version']}", "bits": run["bits"], "sym": run["sym"]}

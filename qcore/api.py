@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,14 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
         for name, tensor in model.state_dict().items()
         if name not in tied and name.rpartition(".")[0] not in linears
     }
+
+    def weight(name: str) -> QuantizedWeight:
+        exact: QuantizedWeight = linears[name].weight_source()
+        stored = info.dtypes.get(
+            f"{name}.bias"
+        )  # half types are computed with in float32 on a CPU, and saved as they were
+        return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
+
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
     config.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -321,7 +329,7 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
                 name: LayerSpec(name, module.config, module.in_features, module.out_features, module.spec.act_order)
                 for name, module in linears.items()
             },
-            weight=lambda name: linears[name].weight_source(),
+            weight=weight,
             tensors=list(state),
             tensor=lambda name: state[name].to(info.dtypes.get(name, state[name].dtype)),
             provenance=provenance(

@@ -22,7 +22,7 @@ from .errors import ModelError, RunError
 from .linear import set_weight, weight_of
 from .weight import QuantizedWeight
 
-#: linear outputs of one block kept between replays, so that finished linears are not computed again
+#: outputs of finished parts of one block kept between replays, so that they are not computed again
 MEMO_BYTES = 2 * 10**9
 
 
@@ -177,8 +177,8 @@ class Block:
     masks: list[Tensor | None]
     records: dict[str, dict[str, Any]]
     memo_bytes: int = MEMO_BYTES
-    _memo: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    _batch: int | None = None  # which batch a memoising replay is at
+    _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
+    _final: set[str] = field(default_factory=set)  # linears given by `replace`
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
@@ -202,12 +202,24 @@ class Block:
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
-        # outputs kept from before are stale for this linear and for every group behind its own
-        position = next(i for i, group in enumerate(self.groups) if name in group)
-        for group in self.groups[position + 1 :]:
-            for other in group:
-                self._memo.pop(other, None)
-        self._memo[name] = {}
+        position = self._position(name)
+        if name in self._final or any(self._position(other) > position for other in self._final):
+            self._memo.clear()  # out of order: what ran behind this linear has another input now
+        self._final.add(name)
+
+    def finished_parts(self) -> list[str]:
+        """Names of the finished linears, and of the children of the block in which every linear is finished."""
+        parts: list[str] = []
+        for child, module in self.module.named_children():
+            prefix = f"{self.name}.{child}"
+            inside = [f"{prefix}.{n}".rstrip(".") for n, sub in module.named_modules() if is_linear(sub)]
+            if inside and self._final.issuperset(inside):
+                parts.append(prefix)
+            parts += [name for name in inside if name in self._final and name != prefix]
+        return parts
+
+    def _position(self, name: str) -> int:
+        return next(i for i, group in enumerate(self.groups) if name in group)
 
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
         source = self.float_inputs if float_stream else self.stream
@@ -308,41 +320,57 @@ class _OriginalWeights:
 
 
 class _Memoised:
-    """While active, finished linears return the output they gave for this batch in an earlier replay.
+    """While active, finished parts of the block return the output they gave for this batch in an earlier replay.
 
     Replaying a block once per group of linears would compute the first groups again and again. Their weights are
-    final and their inputs the same, so their outputs are too: within a budget they are kept, exactly.
+    final and their inputs the same, so their outputs are too: within a budget they are kept, exactly. A part is a
+    finished linear, or a child of the block whose linears all are (the whole attention): once a child's output is kept,
+    those of its linears need not be.
     """
 
     def __init__(self, block: Block, batch: int) -> None:
         self.block, self.batch = block, batch
+        self.parts = {name: block._module(name) for name in block.finished_parts()}
 
     def __enter__(self) -> None:
-        for name in self.block._memo:
-            module = self.block._module(name)
-            module.forward = self._wrap(name, module)
+        for name, module in self.parts.items():
+            module.forward = self._wrap(name, type(module).forward, module)
 
     def __exit__(self, *_: object) -> None:
-        for name in self.block._memo:
-            del self.block._module(name).forward
+        for module in self.parts.values():
+            del module.forward
 
-    def _wrap(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        kept = self.block._memo[name]
-        compute = type(module).forward
+    def _wrap(self, name: str, compute: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        kept = self.block._memo.setdefault(name, {})
+        inner = [self.block._memo[other] for other in self.block._memo if other.startswith(f"{name}.")]
         calls = 0
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == 1 and self.batch in kept:
-                return kept[self.batch]
-            output: Tensor = compute(module, x)
-            if calls == 1 and output.numel() * output.element_size() <= self.block.memo_bytes:
-                self.block.memo_bytes -= output.numel() * output.element_size()
+            if calls > 1:  # a part used twice in one pass has two inputs
+                return compute(module, *args, **kwargs)
+            if self.batch not in kept:
+                output = compute(module, *args, **kwargs)
+                for outputs in inner:
+                    self.block.memo_bytes += _size(outputs.pop(self.batch, None))
+                size = _size(output)
+                if size > self.block.memo_bytes:
+                    return output
+                self.block.memo_bytes -= size
                 kept[self.batch] = output
-            return output
+            return kept[self.batch]
 
         return forward
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in a nested value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(_size(item) for item in value)
+    return sum(_size(item) for item in value.values()) if isinstance(value, dict) else 0
 
 
 def make_block(

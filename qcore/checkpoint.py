@@ -413,6 +413,11 @@ class TensorExporter(Exporter):
                 raise CheckpointError(f"{folder}: layer {name} has no tensor {error}.") from error
 
         provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+        records = provenance.get("layers", [])
+        if not isinstance(records, list) or not all(
+            isinstance(record, dict) and isinstance(record.get("name"), str) for record in records
+        ):
+            raise CheckpointError(f"{folder / PROVENANCE}: layers is no list of objects with a name.")
         return Content(
             config={key: value for key, value in files.config.items() if key != "quantization_config"},
             layers=layers,

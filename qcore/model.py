@@ -14,7 +14,7 @@ from .backend import Backend
 from .checkpoint import ModelFolder
 from .errors import CheckpointError, ModelError, name_list
 from .exporter import Content
-from .linear import QuantLinear, replace_module
+from .linear import QuantLinear, replace_module, weight_of
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -105,6 +105,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError):
         return None
+    except Exception as error:  # the tokenizers library knows no other kind
+        raise ModelError(f"the tokenizer of {folder} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
@@ -286,11 +288,16 @@ def load_quantized(
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
     places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
-    for name in content.layers:
+    for name, layer in content.layers.items():
         try:
-            model.get_submodule(name)
+            shape = list(weight_of(model.get_submodule(name)).shape)
         except AttributeError:
             raise CheckpointError(f"{folder}: quantized layer {name} is not in {type(model).__name__}.") from None
+        if shape != [layer.out_features, layer.in_features]:
+            raise CheckpointError(
+                f"{folder}: quantized layer {name} has shape {[layer.out_features, layer.in_features]}, "
+                f"the model asks for {shape}."
+            )
         replace_module(model, name, nn.Identity())
     keys = match_keys(model, floats)
     for name, key in keys.items():
@@ -355,4 +362,5 @@ def _set_generation_config(model: nn.Module, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with _transformers_errors(f"{folder}/generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -32,6 +32,7 @@ from .checkpoint import ModelFolder, complete_folder, disk_errors, read_json, wr
 from .config import Override, QuantConfig, resolve
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
+from .linear import QuantLinear
 from .model import FolderWeights, Weights, compute_dtype
 from .plugins import Plugins
 from .weight import QuantizedWeight
@@ -247,7 +248,7 @@ def quantize_blocks(
                     with block.original_weights():
                         block.advance(float_inputs, original=True)
                 for linear, weight in results.items():
-                    if linear not in block._memo:
+                    if linear not in block._final:
                         block.replace(linear, weight)
                 block.advance(captured.stream)
         finally:  # also of an interrupted run: a model in memory gets its own weights back
@@ -549,6 +550,8 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ModelError("the model is quantized already (it has QuantLinears). Start from the float model.")
     find_block_list(model)
 
 

@@ -122,6 +122,9 @@ class Gptq(TensorExporter):
         if not isinstance(found, dict):
             raise CheckpointError(f"{folder.path}: quantization_config is no object.")
         quantization = {SYNONYMS.get(key, key): value for key, value in found.items()}
+        missing = [key for key in ("bits", "group_size") if key not in quantization]
+        if missing:
+            raise CheckpointError(f"{folder.path}: quantization_config has no {' and no '.join(missing)}.")
         try:
             fields = {field: quantization[field] for field in QuantConfig.FIELDS if field in quantization}
             quantization["base"] = QuantConfig.parse(fields, f"{folder.path}: quantization_config")
@@ -132,11 +135,11 @@ class Gptq(TensorExporter):
         return quantization
 
     def layers_in(self, folder: ModelFolder, quantization: Mapping[str, Any]) -> dict[str, LayerSpec]:
-        """Every linear with a qweight, its shapes checked."""
+        """Every linear with a qweight (or with qzeros, so that a missing qweight is noticed), its shapes checked."""
         layers = {}
         for key in folder.tensors:
-            if key.endswith(".qweight"):
-                name = key.removesuffix(".qweight")
+            name, _, part = key.rpartition(".")
+            if part in ("qweight", "qzeros") and name not in layers:
                 layers[name] = _layer(folder, name, _config_of(name, quantization, folder))
         if not layers:
             raise CheckpointError(f"{folder.path} says quant_method gptq but holds no *.qweight.")
@@ -188,9 +191,11 @@ def _config_of(name: str, quantization: Mapping[str, Any], folder: ModelFolder) 
     base: QuantConfig = quantization["base"]
     for rule, changes in (quantization.get("dynamic") or {}).items():
         try:
-            hit = not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name)
+            hit = re.match(re.sub("^[-+]:", "", rule), name)
         except re.error as error:
             raise CheckpointError(f"{folder.path}: dynamic rule {rule!r} is no regular expression: {error}.") from None
+        if hit and rule.startswith("-:"):
+            raise CheckpointError(f"{folder.path}: dynamic rule {rule!r} leaves {name} in float, but it is quantized.")
         if hit and isinstance(changes, dict):
             known = {field: changes[field] for field in QuantConfig.FIELDS if field in changes}
             try:

@@ -14,8 +14,10 @@ from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunErr
 from qcore.run import Journal
 from qcore.testing import random_weight
 
+TEXT = " ".join(f"The {n} quick brown foxes jump over {n * n} lazy dogs, and then they sleep." for n in range(60))
+
 #: everything of a run that a resumed one must repeat
-SETTINGS = {"algo": "gptq", "bits": 4, "group_size": 32, "samples": 8, "seqlen": 32, "calibration": "topics"}
+SETTINGS = {"algo": "gptq", "bits": 4, "group_size": 32, "samples": 8, "seqlen": 32, "calibration": [TEXT]}
 
 
 def partial_of(output):
@@ -197,9 +199,9 @@ def test_another_model_is_refused(llama_folder, interrupted, tmp_path):
 
 def test_calibration_text_that_changed_is_refused(llama_folder, interrupted, tmp_path):
     file, output = tmp_path / "text.txt", tmp_path / "out"
-    file.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    file.write_text(TEXT)
     interrupted(llama_folder, output, calibration=str(file))
-    file.write_text("A slow red hen walks under the busy cat. " * 100)
+    file.write_text(TEXT.replace("quick", "slow"))
     with pytest.raises(RunError, match="calibration"):
         qcore.quantize(llama_folder, output=output, **{**SETTINGS, "calibration": str(file)})
 
