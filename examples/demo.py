@@ -42,7 +42,7 @@ def main() -> None:
         standalone_mode=False,
     )
     print("\n2. held-out text: perplexity before and after, KL divergence to the float model", flush=True)
-    result = qcore.evaluate(OUTPUT, held_out_text(), reference="demo", windows=12)
+    result = qcore.evaluate(OUTPUT, held_out_text(), reference="demo", windows=6)
     print(f"   float {result['reference_perplexity']:.2f}   4 bits {result['perplexity']:.2f}   KL {result['kl']:.4f}")
     print("\n3. qcore generate, with the 4-bit model", flush=True)
     cli(["generate", str(OUTPUT), "The capital of France is", "--max-new-tokens", "24"], standalone_mode=False)

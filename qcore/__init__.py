@@ -16,7 +16,7 @@ _HOMES = {
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
     "backend": ("Backend", "MatmulSpec"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
-    "checkpoint": ("ModelFolder", "TensorExporter"),
+    "checkpoint": ("ModelFolder", "TensorExporter", "read_json"),
     "config": ("Options", "Override", "QuantConfig"),
     "errors": (
         "BackendError",
@@ -31,6 +31,7 @@ _HOMES = {
     "exporter": ("Content", "Exporter", "LayerSpec"),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "linear": ("QuantLinear",),
+    "model": ("quiet_transformers",),
     "weight": ("QuantizedWeight",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .calibration import CalibrationRequest as CalibrationRequest
     from .checkpoint import ModelFolder as ModelFolder
     from .checkpoint import TensorExporter as TensorExporter
+    from .checkpoint import read_json as read_json
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from .hookspecs import PLUGIN_API_VERSION as PLUGIN_API_VERSION
     from .hookspecs import hookimpl as hookimpl
     from .linear import QuantLinear as QuantLinear
+    from .model import quiet_transformers as quiet_transformers
     from .weight import QuantizedWeight as QuantizedWeight
 
 

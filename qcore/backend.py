@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,6 +44,13 @@ class Backend(ABC):
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all (missing library, device), or None."""
         return None
+
+    def build(self, report: Callable[[str], None]) -> str:
+        """Build native code for this machine, telling `report` of each step, and return what was built.
+
+        `qcore build-kernels` calls it on backends that override it. The others have no native code and raise BackendError.
+        """
+        raise BackendError(f"backend {self.name!r} has no native code to build.")
 
     @abstractmethod
     def why_not(self, spec: MatmulSpec) -> str | None:

@@ -178,7 +178,7 @@ class Block:
     records: dict[str, dict[str, Any]]
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
-    _final: set[str] = field(default_factory=set)  # linears given by `replace`
+    _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
@@ -205,7 +205,11 @@ class Block:
         position = self._position(name)
         if name in self._final or any(self._position(other) > position for other in self._final):
             self._memo.clear()  # out of order: what ran behind this linear has another input now
-        self._final.add(name)
+        self._final[name] = weight
+
+    def acts_as(self, name: str, weight: QuantizedWeight) -> bool:
+        """Whether replays run this linear with this weight."""
+        return name in self._final and self._final[name].equal(weight)
 
     def finished_parts(self) -> list[str]:
         """Names of the finished linears, and of the children of the block in which every linear is finished."""
@@ -213,7 +217,7 @@ class Block:
         for child, module in self.module.named_children():
             prefix = f"{self.name}.{child}"
             inside = [f"{prefix}.{n}".rstrip(".") for n, sub in module.named_modules() if is_linear(sub)]
-            if inside and self._final.issuperset(inside):
+            if inside and self._final.keys() >= set(inside):
                 parts.append(prefix)
             parts += [name for name in inside if name in self._final and name != prefix]
         return parts

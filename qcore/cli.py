@@ -278,6 +278,21 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(f"note: {note}")
 
 
+@cli.command("build-kernels")
+@click.argument("backend", required=False)
+def build_kernels(backend: str | None) -> None:
+    """Compile the native code of BACKEND, by default of every backend that has some, for the GPUs here."""
+    from .backend import Backend
+    from .plugins import installed
+
+    plugins = installed()
+    named = [plugins.get("backend", backend)] if backend else list(plugins.usable("backend").values())
+    for each in named:
+        if backend or type(each).build is not Backend.build:
+            built = each.build(lambda step: click.echo(step, err=True))
+            click.echo(f"{each.name}: {built}")
+
+
 def _listing(kind: str | None, as_json: bool) -> None:
     from .plugins import installed
 

@@ -81,20 +81,29 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
 def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Open a float model whole, by transformers itself."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     load_config(folder, trust_remote_code)  # refuses remote code in our own words
-    bars = logging.is_progress_bar_enabled()
+    with _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars and warnings, then leave its logging as it was."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        with _transformers_errors(f"the model of {folder.path}"):
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
-            )
+        yield
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    return model.eval()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:

@@ -1,5 +1,7 @@
 """What several test files share: a small tokenizer, small models saved as folders, token ids, plugins from source."""
 
+# ruff: noqa: E402 (libraries read the environment when they are imported)
+
 import os
 
 # before torch is imported: tiny matrices only lose by threads, and resumed runs are compared byte by byte
@@ -10,6 +12,7 @@ for variable in ("QCORE_DISABLE_PLUGINS", "QCORE_ONLY_PLUGINS"):
 
 import pydoc_data.topics
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -19,6 +22,9 @@ from qcore import QuantLinear
 from qcore.plugins import Plugins
 from qcore.testing import entry_point, tiny_transformer
 
+# the same examples in every run and on every machine, however slow
+hypothesis.settings.register_profile("qcore", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("qcore")
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 

@@ -176,6 +176,9 @@ def test_distributions_hold_what_they_must(built: dict[str, Path]) -> None:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
     modules = {str(file.relative_to(ROOT)) for top in ("qcore", "plugins") for file in (ROOT / top).rglob("*.py")}
     assert {name.replace("plugins/", "qcore_plugins/", 1) for name in modules} <= wheel
+    kernels = {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cu", ".cuh", ".h")}
+    assert {f"qcore_plugins/{name}" for name in kernels} <= wheel
+    assert kernels <= sdist
     assert {"qcore/py.typed", f"qcore-{__version__}.dist-info/licenses/LICENSE"} <= wheel
     assert {name.split("/")[0] for name in wheel} == {"qcore", "qcore_plugins", f"qcore-{__version__}.dist-info"}
     assert not [name for name in wheel if "test_" in name or "/tests/" in name]

@@ -28,6 +28,7 @@ from qcore import (
     grid,
     hookimpl,
     packing,
+    read_json,
 )
 
 BITS = (2, 3, 4, 8)
@@ -116,8 +117,6 @@ class Gptq(TensorExporter):
 
     def read_quantization(self, folder: ModelFolder) -> dict[str, Any]:
         """Return bits, group_size, sym, desc_act and dynamic, with synonyms resolved."""
-        from qcore.checkpoint import read_json
-
         found = folder.config.get("quantization_config") or read_json(folder.path / SIDE_FILE)
         if not isinstance(found, dict):
             raise CheckpointError(f"{folder.path}: quantization_config is no object.")

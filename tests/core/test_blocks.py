@@ -45,7 +45,7 @@ def test_the_captured_inputs_are_those_of_the_first_block():
     captured = captured_of(model, [(ids[:2], None), (ids[2:], None)])
     assert torch.equal(torch.cat(captured.stream.hidden), model.embed(ids))
     assert captured.masks == [None, None]
-    assert [[kwargs for kwargs in per_batch] for per_batch in captured.kwargs] == [[{"scale": 0.5}] * 2] * 2
+    assert captured.kwargs == [[{"scale": 0.5}] * 2] * 2
 
 
 def test_walking_the_blocks_gives_what_the_model_computes():
@@ -183,7 +183,7 @@ def test_padding_never_reaches_an_observer():
     whole = observed(first_block(model, captured_of(model, [(ids, None)])), ["blocks.0.left", "blocks.0.down"])
     seen = observed(first_block(model, captured_of(model, [(ids, mask)])), ["blocks.0.left", "blocks.0.down"])
     for name in seen:
-        assert tuple(seen[name][0].shape)[0] == 13
+        assert len(seen[name][0]) == 13
         assert torch.equal(seen[name][0], whole[name][0][mask.flatten()])
 
 
@@ -301,7 +301,7 @@ def test_seeds_differ_from_block_to_block():
     assert first_block(model, captured, 0).seed != first_block(model, captured, 1).seed
 
 
-def test_a_biass_dtype_is_the_models_own(weights_of):
+def test_the_dtype_of_a_bias_is_the_models_own(weights_of):
     model = TinyModel()
     model.half()
     kept = {name: parameter.clone() for name, parameter in model.named_parameters() if name.endswith("bias")}

@@ -219,7 +219,9 @@ def test_help_and_version():
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "qcore"], ["qcore"]])
 def test_the_installed_command_runs_as_a_process(command):
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    result = subprocess.run([*command, "plugins", "--json"], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    result = subprocess.run(
+        [*command, "plugins", "--json"], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     assert result.returncode == 0, result.stderr
     assert {row["status"] for row in json.loads(result.stdout) if row["distribution"] == "qcore"} == {"loaded"}
 
@@ -229,7 +231,10 @@ def test_a_broken_plugin_does_not_break_the_commands(run, monkeypatch, plugin):
 
     from qcore import plugins
 
-    points = [*importlib.metadata.entry_points(group="qcore"), plugin("bad", "import no_such_module_anywhere", "bad-dist")]
+    points = [
+        *importlib.metadata.entry_points(group="qcore"),
+        plugin("bad", "import no_such_module_anywhere", "bad-dist"),
+    ]
     broken = plugins.Plugins(points)
     monkeypatch.setattr(plugins, "installed", lambda: broken)
     for listing in LISTINGS:

@@ -35,7 +35,7 @@ def test_an_impossible_value_is_named_with_its_owner(values, named):
 
 
 def test_an_unknown_option_gets_close_matches():
-    with pytest.raises(ConfigError, match="no option 'gropu_size'. Did you mean 'group_size'"):
+    with pytest.raises(ConfigError, match=r"no option 'gropu_size'. Did you mean 'group_size'"):
         QuantConfig.parse({"gropu_size": 64}, "quantize")
 
 

@@ -69,11 +69,11 @@ def docstrings(tree):
 
 
 def names_of_plugins():
-    """Names of the installed plugins and of all they offer, model types included; `self` is Python's word too."""
+    """Names of the installed plugins and of all they offer, model types included; `self` and `cuda` are others' words too."""
     offers = [offer for plugin in Plugins(disabled=[]).all for offer in plugin.offers]
     points = {point.name for point in importlib.metadata.entry_points(group="qcore")}
     types = {each for kind, _, adapter in offers if kind == "model" for each in adapter.model_types}
-    return (points | types | {name for _, name, _ in offers}) - {"self"}
+    return (points | types | {name for _, name, _ in offers}) - {"self", "cuda"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)

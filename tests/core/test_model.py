@@ -205,7 +205,7 @@ def test_a_module_that_came_in_half_can_be_let_go():
     before = dict(model.named_parameters())
     model.first.bias.data[0] = float("inf")
     weights = ModuleWeights(model)
-    with pytest.raises(ModelError, match="first.bias"):
+    with pytest.raises(ModelError, match=r"first.bias"):
         weights.bring("first", CPU, torch.float32)
     weights.let_go("first")
     assert all(parameter is before[name] for name, parameter in model.named_parameters())

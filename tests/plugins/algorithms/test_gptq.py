@@ -110,7 +110,10 @@ def test_padding_never_enters_the_hessian(weights_of):
     """Real tokens see nothing of what stands right of them, so what padding holds cannot matter at all."""
 
     def quantized(token):
-        rows = [{"input_ids": [*ids[:20].tolist(), *[token] * 12], "attention_mask": [1] * 20 + [0] * 12} for ids in tiny_tokens()]
+        rows = [
+            {"input_ids": [*ids[:20].tolist(), *[token] * 12], "attention_mask": [1] * 20 + [0] * 12}
+            for ids in tiny_tokens()
+        ]
         return weights_of(qcore.quantize(TinyModel(), "gptq", group_size=32, calibration=rows))
 
     one, other = quantized(0), quantized(49)
@@ -209,7 +212,12 @@ def test_inputs_that_overflow_the_hessian_are_named():
 
 @pytest.mark.parametrize(
     ("params", "looked_up"),
-    [({}, False), ({"desc_act": True}, True), ({"desc_act": True, "static_groups": True}, False), ({"order": "none"}, False)],
+    [
+        ({}, False),
+        ({"desc_act": True}, True),
+        ({"desc_act": True, "static_groups": True}, False),
+        ({"order": "none"}, False),
+    ],
 )
 def test_only_desc_act_without_static_groups_needs_g_idx_at_run_time(weights_of, params, looked_up):
     found = weights_of(qcore.quantize(TinyModel(), "gptq", group_size=16, calibration=tiny_tokens(), **params))
@@ -221,7 +229,9 @@ def test_only_desc_act_without_static_groups_needs_g_idx_at_run_time(weights_of,
 def test_linears_of_one_input_may_have_different_grids(weights_of):
     overrides = ["right:bits=8,group_size=16", "gate:sym=false", "up:skip"]
     found = weights_of(
-        qcore.quantize(TinyModel(), "gptq", group_size=32, calibration=tiny_tokens(), overrides=overrides, adapter="generic")
+        qcore.quantize(
+            TinyModel(), "gptq", group_size=32, calibration=tiny_tokens(), overrides=overrides, adapter="generic"
+        )
     )
     assert (found["blocks.0.left"].bits, found["blocks.0.right"].bits, found["blocks.0.right"].group_size) == (4, 8, 16)
     assert not found["blocks.0.gate"].sym

@@ -50,7 +50,9 @@ def test_the_reference_takes_floating_zeros():
     spec = MatmulSpec(config, 32, 8, False, torch.float32, torch.device("cpu"))
     x = torch.randn(3, 32)
     found = reference.matmul(x, reference.prepare(weight, spec), spec)
-    assert torch.allclose(found, x @ weight.dequantize().t(), atol=1e-6)  # the same product, maybe summed in another order
+    assert torch.allclose(
+        found, x @ weight.dequantize().t(), atol=1e-6
+    )  # the same product, maybe summed in another order
 
 
 def test_prepare_keeps_nothing_of_the_codes_it_was_given():

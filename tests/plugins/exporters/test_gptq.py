@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qcore
-from qcore import CheckpointError, LayerSpec, ModelFolder, QcoreError, QuantConfig, QuantizedWeight, grid
+from qcore import CheckpointError, LayerSpec, QcoreError, QuantConfig, QuantizedWeight, grid
 from qcore.plugins import installed
 from qcore.testing import check_exporter, random_weight, tiny_transformer
 
@@ -27,18 +27,29 @@ def plain_weight(bits, sym=True, out=32, columns=64):
     config = QuantConfig(bits=bits, group_size=32, sym=sym)
     codes = (torch.arange(out)[:, None] * 5 + torch.arange(columns) * 3) % 2**bits
     scales = ((torch.arange(out)[:, None] + torch.arange(2)) % 7 + 1).half() / 64
-    zeros = torch.full((out, 2), 2 ** (bits - 1)) if sym else torch.arange(out)[:, None] % config.maxq + torch.ones(1, 2)
+    zeros = (
+        torch.full((out, 2), 2 ** (bits - 1)) if sym else torch.arange(out)[:, None] % config.maxq + torch.ones(1, 2)
+    )
     return QuantizedWeight(codes.byte(), scales, zeros.int(), grid.group_index(columns, 32), config)
 
 
 @pytest.mark.parametrize("exporter", [V1, V2], ids=lambda each: each.name)
 def test_conforms(exporter, tmp_path):
-    assert check_exporter(exporter, tmp_path) >= 24  # 4 widths, 2 group sizes, both symmetries, with and without act-order
+    assert (
+        check_exporter(exporter, tmp_path) >= 24
+    )  # 4 widths, 2 group sizes, both symmetries, with and without act-order
 
 
 @pytest.mark.parametrize(
     ("exporter", "bits", "word"),
-    [(V1, 4, 0x77777777), (V2, 4, 0x88888888), (V1, 8, 0x7F7F7F7F), (V2, 8, 0x80808080), (V1, 2, 0x55555555), (V2, 2, 0xAAAAAAAA)],
+    [
+        (V1, 4, 0x77777777),
+        (V2, 4, 0x88888888),
+        (V1, 8, 0x7F7F7F7F),
+        (V2, 8, 0x80808080),
+        (V1, 2, 0x55555555),
+        (V2, 2, 0xAAAAAAAA),
+    ],
 )
 def test_symmetric_zeros_are_the_words_that_other_readers_expect(exporter, bits, word):
     tensors = exporter.encode("layer", plain_weight(bits))
@@ -67,7 +78,9 @@ def save(exporter, layers, folder, **provenance):
     """Save quantized weights alone as a folder."""
     folder.mkdir()
     specs = {n: LayerSpec(n, w.config, w.in_features, w.out_features, w.act_order) for n, w in layers.items()}
-    exporter.save(qcore.Content({"model_type": "llama"}, specs, layers.__getitem__, [], {}.__getitem__, provenance), folder)
+    exporter.save(
+        qcore.Content({"model_type": "llama"}, specs, layers.__getitem__, [], {}.__getitem__, provenance), folder
+    )
     return folder
 
 
@@ -87,7 +100,9 @@ def test_a_small_checkpoint_has_its_golden_bytes(tmp_path, name, bits, sym):
 
 
 def test_the_config_has_the_keys_that_other_readers_require(tmp_path):
-    folder = save(V1, {LAYER: plain_weight(4)}, tmp_path / "out", params={"damp_percent": 0.03, "true_sequential": False})
+    folder = save(
+        V1, {LAYER: plain_weight(4)}, tmp_path / "out", params={"damp_percent": 0.03, "true_sequential": False}
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["quantization_config"] == {
@@ -264,7 +279,9 @@ def test_a_float_copy_beside_the_quantized_weight_is_refused(tmp_path):
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path, change, says):
-    folder = rewrite(save(V1, {LAYER: plain_weight(4)}, tmp_path / "out"), config=lambda quantization: quantization.update(change))
+    folder = rewrite(
+        save(V1, {LAYER: plain_weight(4)}, tmp_path / "out"), config=lambda quantization: quantization.update(change)
+    )
     with pytest.raises(CheckpointError) as error:
         V1.open(folder)
     assert says in str(error.value)
@@ -273,7 +290,9 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path, change, says
 
 @pytest.mark.parametrize("key", ["bits", "group_size"])
 def test_a_config_without_what_cannot_be_guessed_is_refused(tmp_path, key):
-    folder = rewrite(save(V1, {LAYER: plain_weight(4)}, tmp_path / "out"), config=lambda quantization: quantization.pop(key))
+    folder = rewrite(
+        save(V1, {LAYER: plain_weight(4)}, tmp_path / "out"), config=lambda quantization: quantization.pop(key)
+    )
     with pytest.raises(CheckpointError, match=f"quantization_config has no {key}"):
         V1.open(folder)
 
@@ -295,7 +314,9 @@ def test_a_layer_the_model_does_not_have_is_named(llama_folder, tmp_path):
             tensors[name.replace("up_proj", "top_proj")] = tensors.pop(name)
 
     rewrite(folder, tensors=rename)
-    with pytest.raises(CheckpointError, match="quantized layer model.layers.2.mlp.top_proj is not in LlamaForCausalLM"):
+    with pytest.raises(
+        CheckpointError, match=r"quantized layer model.layers.2.mlp.top_proj is not in LlamaForCausalLM"
+    ):
         qcore.load(folder)
 
 
@@ -304,7 +325,7 @@ def test_a_layer_of_another_shape_than_the_models_is_named(llama_folder, tmp_pat
     name = "model.layers.2.mlp.up_proj"
 
     def exchange(tensors):
-        tensors.update({key: t for key, t in V1.encode(name, random_weight(64, 64, QuantConfig(bits=4, group_size=32))).items()})
+        tensors.update(V1.encode(name, random_weight(64, 64, QuantConfig(bits=4, group_size=32))))
 
     rewrite(folder, tensors=exchange)
     with pytest.raises(CheckpointError, match=name):
@@ -319,7 +340,7 @@ def test_a_quantized_layer_that_is_missing_is_named(llama_folder, tmp_path):
             del tensors[name]
 
     rewrite(folder, tensors=remove)
-    with pytest.raises(QcoreError, match="model.layers.2.mlp.up_proj"):
+    with pytest.raises(QcoreError, match=r"model.layers.2.mlp.up_proj"):
         qcore.load(folder)
 
 
@@ -353,10 +374,9 @@ def open_all(folder):
     for opening in (qcore.inspect, qcore.load):
         try:
             found = opening(folder)
-        except QcoreError as error:
-            assert str(error)
-        else:
-            assert found is not None
+        except QcoreError:
+            continue
+        assert found is not None
 
 
 @FUZZ

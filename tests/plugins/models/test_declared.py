@@ -52,7 +52,9 @@ def test_declared_and_found_adapters_quantize_alike(served, tokens, weights_of):
     assert all(declared[name].equal(found[name]) for name in declared)
 
 
-@pytest.mark.parametrize("changes", [{"do_layer_norm_before": True}, {"word_embed_proj_dim": 64}, {"enable_bias": False}])
+@pytest.mark.parametrize(
+    "changes", [{"do_layer_norm_before": True}, {"word_embed_proj_dim": 64}, {"enable_bias": False}]
+)
 def test_opt_in_all_its_variants(changes, tmp_path, tokens):
     model = tiny_transformer("opt", **{**SIZES, **SMALL["opt"], **changes})
     check_adapter(installed().get("model", "opt"), model)

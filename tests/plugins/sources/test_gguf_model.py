@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from qcore_plugins.sources import gguf_model
 
 import qcore
 from qcore import ModelError, ModelFolder
 from qcore.checkpoint import resolve_model
 from qcore.plugins import installed
-from qcore_plugins.sources import gguf_model
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,2 @@
+#define QC_BITS 2
+#include "decode_instances.cuh"

@@ -1,0 +1,2 @@
+#define QC_BITS 8
+#include "decode_instances.cuh"

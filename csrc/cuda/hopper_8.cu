@@ -1,0 +1,2 @@
+#define QC_BITS 8
+#include "hopper_instances.cuh"

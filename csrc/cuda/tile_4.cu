@@ -1,0 +1,2 @@
+#define QC_BITS 4
+#include "tile_instances.cuh"

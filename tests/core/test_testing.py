@@ -1,0 +1,144 @@
+"""The conformance kit must tell a plugin that is wrong; that it passes right ones, their own tests show."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qcore import CheckpointError, QuantConfig, grid
+from qcore.plugins import installed
+from qcore.testing import TinyModel, check_algorithm, check_backend, check_exporter, random_weight, tiny_tokens
+
+RTN = installed().get("algorithm", "rtn")
+GPTQ_FORMAT = type(installed().get("format", "gptq"))
+REFERENCE = type(installed().get("backend", "torch_reference"))
+
+
+class Drifting(RTN):
+    """Gives another result each time."""
+
+    count = 0
+
+    def quantize_block(self, block):
+        Drifting.count += 1
+        found = super().quantize_block(block)
+        for weight in found.values():
+            weight.codes[:, 0] ^= Drifting.count // 2 % 2  # two blocks a run
+        return found
+
+
+class Noise(RTN):
+    """Pays no attention to the weights."""
+
+    def quantize_block(self, block):
+        return {name: random_weight(*linear.weight.shape, linear.config) for name, linear in block.linears.items()}
+
+
+class Stubborn(RTN):
+    """Always takes 4 bits in groups of 32."""
+
+    def quantize_block(self, block):
+        config = QuantConfig(bits=4, group_size=32)
+        return {
+            name: dataclasses.replace(
+                random_weight(*linear.weight.shape, config), codes=torch.zeros(linear.weight.shape, dtype=torch.uint8)
+            )
+            for name, linear in block.linears.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(Drifting, "two equal runs differ"), (Noise, "relative error"), (Stubborn, "asked for|relative error")],
+)
+def test_a_wrong_algorithm_is_told(kind, says):
+    with pytest.raises(AssertionError, match=says):
+        check_algorithm(kind)
+
+
+class Shifted(REFERENCE):
+    """Forgets the zero points."""
+
+    def prepare(self, weight, spec):
+        buffers = super().prepare(weight, spec)
+        return {**buffers, "zeros": torch.zeros_like(buffers["zeros"])}
+
+
+class Graphless(REFERENCE):
+    """Computes outside of autograd."""
+
+    def matmul(self, x, buffers, spec):
+        return super().matmul(x.detach(), buffers, spec).requires_grad_()
+
+
+class Absent(REFERENCE):
+    def unavailable(self):
+        return "no such device"
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Shifted, "relative error"), (Absent, "cannot run here: no such device")])
+def test_a_wrong_backend_is_told(kind, says):
+    with pytest.raises(AssertionError, match=says):
+        check_backend(kind())
+
+
+def test_a_backend_without_a_gradient_is_told():
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_backend(Graphless())
+
+
+class Lossy(GPTQ_FORMAT):
+    """Loses the order of act-order columns, without verifying."""
+
+    def encode(self, name, weight):
+        g_idx = grid.group_index(weight.in_features, weight.group_size)
+        return super().encode(name, dataclasses.replace(weight, g_idx=g_idx))
+
+    def _verify(self, content, folder):
+        pass
+
+
+class Boastful(GPTQ_FORMAT):
+    """Says it holds everything."""
+
+    def why_not(self, layer):
+        return None
+
+    def encode(self, name, weight):
+        if weight.bits == 5:
+            raise CheckpointError("no, not 5 bits")
+        return super().encode(name, weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Lossy, "comes back with a different g_idx"), (Boastful, "and then refuses")]
+)
+def test_a_wrong_format_is_told(kind, says, tmp_path):
+    with pytest.raises(AssertionError, match=says):
+        check_exporter(kind(), tmp_path)
+
+
+def test_the_tiny_model_is_always_the_same_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    one, other = TinyModel(), TinyModel()
+    ids = torch.stack(tiny_tokens())
+    assert torch.equal(one(ids).logits, other(ids).logits)
+    assert not torch.equal(one(ids).logits, TinyModel(seed=1)(ids).logits)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_tiny_model_is_causal():
+    ids = torch.stack(tiny_tokens(1, length=8))
+    changed = ids.clone()
+    changed[0, 5:] = 49
+    model = TinyModel()
+    assert torch.equal(model(ids).logits[:, :5], model(changed).logits[:, :5])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_random_weights_are_such_as_every_format_can_hold(bits):
+    for sym in (True, False):
+        weight = random_weight(64, 96, QuantConfig(bits=bits, group_size=32, sym=sym), act_order=True)
+        assert int(weight.zeros.min()) >= 1
+        assert weight.act_order
+        assert {bool(sign) for sign in (weight.scales < 0).flatten()} == {True, False}
