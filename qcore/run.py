@@ -7,7 +7,6 @@ everything is there is the output assembled, verified and renamed into place.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -459,7 +458,6 @@ def quantize_to_folder(
     blocks are kept.
     """
     assert isinstance(job.weights, FolderWeights)
-    _keep_heap_small()
     done = journal.begin(fingerprint(job, folder))
     started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
     plugins.call("qcore_run_started", plan=started)
@@ -475,19 +473,6 @@ def quantize_to_folder(
     report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
     plugins.call("qcore_run_finished", report=report)
     return report
-
-
-def _keep_heap_small() -> None:
-    """Have glibc give large freed tensors back to the system at once.
-
-    By default it raises the size from which it does so to that of what was freed (up to 32 MiB), and a run's peak
-    creeps up with depth through fragmentation: 22 % over 24 small blocks. Much smaller sizes would turn every temporary
-    of a solver into a system call.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        m_mmap_threshold, size = -3, 4 << 20
-        libc.mallopt(m_mmap_threshold, size)
 
 
 def _announce(plugins: Plugins) -> Callable[[int, list[dict[str, Any]]], None]:

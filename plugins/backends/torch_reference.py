@@ -85,7 +85,7 @@ class TorchReference(Backend):
             "zeros": weight.zeros,
             "g_idx": weight.g_idx,
         }
-        return {name: value.to(spec.device) for name, value in buffers.items()}
+        return {name: value.to(spec.device, copy=True) for name, value in buffers.items()}
 
     def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
         """Dequantize and multiply."""
