@@ -264,7 +264,10 @@ class Block:
                     f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
                     "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
                 )
-            stream.hidden[number] = output.to(hidden.device)
+            if output.shape == hidden.shape and output.dtype == hidden.dtype:
+                hidden.copy_(output)  # a new tensor would outlive the temporary ones around it and splinter the heap
+            else:
+                stream.hidden[number] = output.to(hidden.device)
 
     def _module(self, name: str) -> nn.Module:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))

@@ -66,16 +66,17 @@ def search_grid(
     sym: bool,
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
-    points: int = 20,
+    points: int = 6,
     low: float = 0.5,
     high: float = 1.1,
-    refine: int = 1,
+    refine: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Return (scale, zero), float32 [rows], of the least sum(importance * (w - grid(w))**2) over each group.
 
-    w: [rows, g]. importance: [g], None for all ones. Tried are `points` ranges from `low` to `high` times the full
-    one, then `refine` closed-form steps: with the codes held, the best scale (and zero) is a weighted line fit. A
-    candidate only ever replaces a worse one; the covering grid of `minmax_grid` is the first.
+    w: [rows, g]. importance: [g], None for all ones. Tried are `points` ranges from `low` to `high` times the full one,
+    then `refine` times the two beside the best at half the distance, then the line that fits the codes found. A
+    range only proposes codes: with the codes held, the scale they are judged with is the best one, in closed form. What
+    comes out is never worse than the covering grid of `minmax_grid`.
 
     The symmetric range is full: scale = -extreme / 2**(bits-1), so that the largest weight lands on the one code that
     only one sign has (as in AutoRound and llama.cpp's Q4_0). The scale may therefore be negative.
@@ -83,39 +84,51 @@ def search_grid(
     maxq = 2**bits - 1
     weights = torch.ones_like(w[0]) if importance is None else importance / importance.mean().clamp(min=1e-30)
     weights = weights.clamp(min=1e-6)  # a column that hardly fires still keeps its weights within reach
-    scale, zero = minmax_grid(w, bits, sym, scale_dtype)
-    best = grid_loss(w, scale, zero, bits, weights)
-
-    def offer(s: Tensor, z: Tensor) -> None:
-        nonlocal best, scale, zero
-        s = store_scale(s, scale_dtype)
-        loss = grid_loss(w, s, z, bits, weights)
-        better = loss < best
-        best, scale, zero = torch.where(better, loss, best), torch.where(better, s, scale), torch.where(better, z, zero)
-
-    # low + i * step rather than linspace: the same floats on every device
-    ratios = [low + (high - low) * i / max(points - 1, 1) for i in range(points)]
     least, most = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     if sym:
         extreme = torch.where(most > -least, most, least)
         full = torch.where(extreme == 0, torch.ones_like(extreme), -extreme / symmetric_zero(bits))
-        for ratio in ratios:
-            offer(full * ratio, zero)
-            if bits <= 3:  # few levels: which side has the extra one weighs, so both are tried
-                offer(full * -ratio, zero)
+        middle = torch.full_like(full, symmetric_zero(bits))
     else:
-        span = torch.where(most > least, (most - least) / maxq, torch.ones_like(most))
-        for ratio in ratios:
-            exact = torch.round(-least * ratio / store_scale(span * ratio, scale_dtype))
-            for shift in (0, -1, 1) if bits <= 3 else (0,):  # few levels: where zero falls weighs
-                offer(span * ratio, (exact + shift).clamp(1, maxq))
+        full = torch.where(most > least, (most - least) / maxq, torch.ones_like(most))
+        middle = torch.round(-least / full).clamp(1, maxq)
+    v = w / full[:, None]  # from here on in units of the full range's step
+    gain, ratio, scale, zero = torch.zeros_like(full), torch.ones_like(full), torch.ones_like(full), middle
+    levels, scratch = torch.empty_like(v), torch.empty_like(v)
+
+    def offer(r: Tensor | float, z: Tensor) -> None:
+        """Take the codes of step r and zero z where, at their best scale, they leave less error."""
+        nonlocal gain, ratio, scale, zero
+        torch.div(v, r if isinstance(r, float) else r[:, None], out=levels).round_()
+        if sym:
+            levels.clamp_(-symmetric_zero(bits), symmetric_zero(bits) - 1)
+        else:
+            torch.maximum(levels, -z[:, None], out=levels)
+            torch.minimum(levels, (maxq - z)[:, None], out=levels)
+        product = torch.mul(v, levels, out=scratch) @ weights
+        square = (levels.square_() @ weights).clamp(min=1e-12)
+        found = product.square() / square  # how far below sum(weights * v**2) the error falls
+        better = found > gain
+        gain, scale = torch.where(better, found, gain), torch.where(better, product / square, scale)
+        ratio, zero = torch.where(better, r, ratio), torch.where(better, z, zero)
+
+    step = (high - low) / max(points - 1, 1)
+    few_levels = bits <= 3  # where zero falls, and which side has one level more, weighs: all are tried
+    for i in range(points):
+        for sign in (1, -1) if sym and few_levels else (1,):
+            for shift in (0, -1, 1) if not sym and few_levels else (0,):
+                offer(sign * (low + i * step), (middle + shift).clamp(1, maxq) if shift else middle)
     for _ in range(refine):
-        if not sym:
-            offer(*_fit_line(w, quantize(w, scale[:, None], zero[:, None], bits), weights, scale, zero, maxq))
-        centred = quantize(w, scale[:, None], zero[:, None], bits) - zero[:, None]
-        fitted = (centred * w) @ weights / (centred.square() @ weights).clamp(min=1e-12)
-        offer(torch.where(fitted == 0, scale, fitted), zero)
-    return scale, zero
+        step /= 2
+        around, at = ratio, zero
+        offer(around - step, at)
+        offer(around + step, at)
+    codes = quantize(v, scale[:, None], zero[:, None], bits)
+    offer(*((scale, zero) if sym else _fit_line(v, codes, weights, scale, zero, maxq)))
+    scale = store_scale(full * scale, scale_dtype)
+    covering, covering_zero = minmax_grid(w, bits, sym, scale_dtype)
+    worse = grid_loss(w, scale, zero, bits, weights) > grid_loss(w, covering, covering_zero, bits, weights)
+    return torch.where(worse, covering, scale), torch.where(worse, covering_zero, zero)
 
 
 def _fit_line(

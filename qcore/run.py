@@ -7,6 +7,7 @@ everything is there is the output assembled, verified and renamed into place.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -225,7 +226,7 @@ def quantize_blocks(
             job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype
         )
         if job.algorithm.float_stream:
-            float_inputs = walk.Stream(list(captured.stream.hidden))
+            float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
     for index, (name, module) in enumerate(job.blocks):
         try:
             job.weights.bring(name, job.device, job.dtype)
@@ -252,7 +253,17 @@ def quantize_blocks(
                 block.advance(captured.stream)
         finally:  # also of an interrupted run: a model in memory gets its own weights back
             job.weights.let_go(name)
+        del block, restored
+        _trim_heap()
         yield index, results, records
+        del results
+
+
+def _trim_heap() -> None:
+    """Hand a finished block's memory back to the system: what glibc keeps in pieces adds up over many blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim:
+        trim(0)
 
 
 def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]:
@@ -466,6 +477,7 @@ def quantize_to_folder(
     for index, results, found in quantize_blocks(job, journal, _announce(plugins)):
         records += found
         location.update(dict.fromkeys(results, index))
+        del results
     content = journal_content(job, folder, journal, location, records)
     with complete_folder(journal.output, scratch=journal.path / "output") as draft:
         exporter.save(content, draft)

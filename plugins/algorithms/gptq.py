@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
 
-from .rtn import group_grids, round_to_nearest
+from .rtn import find_grid, group_grids, round_to_nearest
 
 # ---- the Hessian -----------------------------------------------------------------------------------------------------
 
@@ -71,17 +71,31 @@ def dampen(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
 def inverse_factor(H: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, float] | None:
     """Return (U [in, in] upper with U'U = inverse of the damped H, the damp_percent used).
 
-    The damping is raised tenfold for as long as the factorization fails; None when nothing helps.
+    One factorization: with rows and columns reversed, H = LL'; reversed back, L is an upper R with H = RR', and
+    U = inv(R). The damping is raised tenfold for as long as that fails; None when nothing helps.
     """
     damp = damp_percent
     while damp <= 1e4:
-        L, failed = torch.linalg.cholesky_ex(dampen(H, damp, shrink))
+        L, failed = torch.linalg.cholesky_ex(dampen(H, damp, shrink).flip(0, 1))
         if not int(failed):
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not int(failed) and bool(torch.isfinite(U).all()):
+            U = invert_upper(L.flip(0, 1))
+            if bool(torch.isfinite(U).all()):
                 return U, damp
         damp *= 10
     return None
+
+
+def invert_upper(R: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular R [n, n], by halves: nearly all of it is matrix products."""
+    n = len(R)
+    if n <= 128:
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    half = n // 2
+    inverse = torch.zeros_like(R)
+    inverse[:half, :half] = A = invert_upper(R[:half, :half])
+    inverse[half:, half:] = D = invert_upper(R[half:, half:])
+    inverse[:half, half:] = A @ R[:half, half:] @ -D
+    return inverse
 
 
 def float_target(W: Tensor, H: Tensor, C: Tensor, share: float, damp_percent: float) -> Tensor:
@@ -162,32 +176,42 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params) -> Sol
 
     Wt = W.t()[perm].contiguous()  # [in, out], live: compensated as columns are done
     codes = torch.empty_like(Wt)
-    current = -1
     group_of = visited.tolist()
     for start, stop in _spans(columns, size, params.block_size):
-        W1, U1 = Wt[start:stop], U[start:stop, start:stop]
-        Err = torch.empty_like(W1)
-        for i in range(stop - start):
-            j, group = start + i, group_of[start + i]
-            if not params.static_groups and group != current:
-                current = group
-                width = min(size, columns - group * size)
-                live = Wt[j : j + width].t().contiguous()  # [out, width]
-                scales[group], zeros[group] = find_grid(live, config, params.grid, importance[j : j + width])
-            scale, zero = scales[group], zeros[group]
-            code = torch.div(W1[i], scale, out=codes[j]).round_().add_(zero).clamp_(0, config.maxq)
-            torch.sub(W1[i], (code - zero).mul_(scale), out=Err[i]).div_(U1[i, i])
-            W1[i + 1 :].addr_(U1[i, i + 1 :], Err[i], alpha=-1)
+        Err = torch.empty_like(Wt[start:stop])
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            if not params.static_groups and first % size == 0:
+                here = slice(first, min(first + size, columns))  # the whole group, should it reach beyond this span
+                live = Wt[here].t().contiguous()  # [out, g]
+                group = group_of[first]
+                scales[group], zeros[group] = find_grid(live, config, params.grid, importance[here])
+            grids = visited[first:last]
+            err = _solve_piece(
+                Wt[first:last], U[first:last, first:last], scales[grids], zeros[grids], config.maxq, codes[first:last]
+            )
+            Wt[last:stop].addmm_(U[first:last, last:stop].t(), err, alpha=-1)
+            Err[first - start : last - start] = err
         Wt[stop:].addmm_(U[start:stop, stop:].t(), Err, alpha=-1)
     g_idx = visited[inverse].to(torch.int32).contiguous()
     return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, damp_percent)
 
 
-def find_grid(w: Tensor, config: QuantConfig, method: str, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero) [out] of a group w [out, g]."""
-    if method == "minmax":
-        return grid.minmax_grid(w, config.bits, config.sym)
-    return grid.search_grid(w, config.bits, config.sym, importance)
+def _solve_piece(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, maxq: int, codes: Tensor) -> Tensor:
+    """Fill `codes` for the columns of W one by one, compensating inside the piece; return the scaled errors.
+
+    W, codes, scales, zeros and what is returned: [columns, out]; U: [columns, columns]. With scale * zero added to W once,
+    a code is W / scale and stands for scale * code: five operations a column.
+    """
+    W = torch.addcmul(W, scales, zeros)
+    Err = torch.empty_like(W)
+    inverse_scales, negative_scales = scales.reciprocal(), -scales
+    D = U / U.diagonal()[:, None]
+    for i in range(len(W)):
+        torch.mul(W[i], inverse_scales[i], out=codes[i]).round_().clamp_(0, maxq)
+        torch.addcmul(W[i], negative_scales[i], codes[i], out=Err[i])
+        W[i + 1 :].addr_(D[i, i + 1 :], Err[i], alpha=-1)
+    return Err.div_(U.diagonal()[:, None])
 
 
 def _spans(columns: int, size: int, block_size: int) -> list[tuple[int, int]]:

@@ -14,6 +14,13 @@ from torch import Tensor
 from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
 
 
+def find_grid(w: Tensor, config: QuantConfig, method: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero) [out] of a group w [out, g]; importance [g]: the weight of each column's error in the search."""
+    if method == "minmax":
+        return grid.minmax_grid(w, config.bits, config.sym)
+    return grid.search_grid(w, config.bits, config.sym, importance)
+
+
 def group_grids(
     W: Tensor, config: QuantConfig, method: str, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,17 +30,10 @@ def group_grids(
     """
     columns = W.shape[1]
     size = columns if config.group_size == -1 else config.group_size
-    scales, zeros = [], []
-    for start in range(0, columns, size):
-        w = W[:, start : start + size]
-        if method == "minmax":
-            scale, zero = grid.minmax_grid(w, config.bits, config.sym)
-        else:
-            local = None if importance is None else importance[start : start + size]
-            scale, zero = grid.search_grid(w, config.bits, config.sym, local)
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.stack(scales, 1), torch.stack(zeros, 1), grid.group_index(columns, config.group_size, W.device)
+    groups = [slice(start, start + size) for start in range(0, columns, size)]
+    found = [find_grid(W[:, g], config, method, None if importance is None else importance[g]) for g in groups]
+    scales, zeros = (torch.stack(each, 1) for each in zip(*found, strict=True))
+    return scales, zeros, grid.group_index(columns, config.group_size, W.device)
 
 
 def round_to_nearest(
