@@ -374,9 +374,18 @@ def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, in
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone."""
-    lost = (((W - Q) @ H) * (W - Q)).sum().clamp(min=0)
-    whole = ((W @ H) * W).sum().clamp(min=1e-30)
-    return float((lost / whole).sqrt())
+    return float((energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt())
+
+
+def energy(W: Tensor, H: Tensor) -> Tensor:
+    """Return tr(W H W') for a symmetric H: what lies below a panel of its diagonal counts twice, above it is not read."""
+    panel = max(256, -(-len(H) // 8))
+    total = W.new_zeros(())
+    for start in range(0, len(H), panel):
+        stop = start + panel
+        product = (W[:, stop:] @ H[stop:, start:stop]).mul_(2).addmm_(W[:, start:stop], H[start:stop, start:stop])
+        total += product.mul_(W[:, start:stop]).sum()
+    return total
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
