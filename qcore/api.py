@@ -6,9 +6,10 @@ Each is a short list of steps; the steps live in the files this one imports.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class Info:
     files: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None  # config.json of the folder it came from
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
+    strangers: Mapping[str, Callable[[], Tensor]] = field(
+        default_factory=dict
+    )  # its tensors that the model does not know
 
 
 def quantize(
@@ -148,7 +152,7 @@ def quantize(
     )
 
     def float_model() -> nn.Module:
-        if folder is None or target is None:
+        if folder is None or (target is None and place.type == "cpu"):
             return network
         return load_float(folder, trust_remote_code, job.dtype).to(place)
 
@@ -258,7 +262,14 @@ def _info(report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: Mode
         return Info(report, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
     dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    known = {*keys.values(), *tied}
+    quantized = [f"{name}." for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    own = (*quantized, *(name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for name in quantized))
+    strangers = {
+        key: partial(folder.tensor, key) for key in folder.tensors if key not in known and not key.startswith(own)
+    }
+    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
 
 
 class _CompactSource:
@@ -308,9 +319,7 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
 
     def weight(name: str) -> QuantizedWeight:
         exact: QuantizedWeight = linears[name].weight_source()
-        stored = info.dtypes.get(
-            f"{name}.bias"
-        )  # half types are computed with in float32 on a CPU, and saved as they were
+        stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
         return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
 
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
@@ -330,8 +339,10 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
                 for name, module in linears.items()
             },
             weight=weight,
-            tensors=list(state),
-            tensor=lambda name: state[name].to(info.dtypes.get(name, state[name].dtype)),
+            tensors=[*state, *info.strangers],
+            tensor=lambda name: (
+                state[name].to(info.dtypes.get(name, state[name].dtype)) if name in state else info.strangers[name]()
+            ),
             provenance=provenance(
                 {k: v for k, v in info.report.items() if k != "layers"}, info.report.get("layers", [])
             ),

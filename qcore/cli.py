@@ -80,7 +80,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     plugins.manager.register(progress)
     try:
         with progress:
-            api.quantize(model, output=output, format=format_, **settings, **_pairs(options))
+            api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
@@ -98,7 +98,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
         _show_summary(output, report, found)
 
 
-def _pairs(options: tuple[str, ...]) -> dict[str, Any]:
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text."""
     pairs = {}
     for option in options:
