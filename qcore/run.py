@@ -74,6 +74,7 @@ class Job:
             "assumed": list(self.adapter.notes),
             "algorithm": self.algorithm.name,
             "params": self.algorithm.params.model_dump(mode="json"),
+            "facts": self.algorithm.facts(self.device),
             "config": self.config.model_dump(),
             "seed": self.seed,
             "calibration": self.calibration.report if self.calibration else None,
@@ -423,7 +424,7 @@ def fingerprint(job: Job, folder: ModelFolder) -> dict[str, Any]:
     return {
         "model": {"weights": model_digest(folder), "config": folder.config},
         "linears": {name: config and config.model_dump() for name, config in job.linears.items()},
-        "algorithm": {"name": described["algorithm"], **described["params"]},
+        "algorithm": {"name": described["algorithm"], **described["params"], **described["facts"]},
         "calibration": _calibration_facts(job.calibration) if job.calibration else None,
         "run": {"seed": job.seed, "batch_size": job.batch_size, "adapter": job.adapter.name},
         "environment": {

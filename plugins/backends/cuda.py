@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hookimpl
 
-from . import native
+from . import cuda_library as native
 from .columns import layout, packed_group_size
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # as the C ABI numbers them
