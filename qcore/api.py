@@ -5,6 +5,8 @@ Each is a short list of steps; the steps live in the files this one imports.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +57,8 @@ from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"
 DEFAULT_FORMAT = "gptq"
-DEFAULT_CALIBRATION = "topics"
+DEFAULT_CALIBRATION = "topics,self"  # measured best without a network (docs/benchmarks.md)
+DEFAULT_CALIBRATION_OF_LARGE = "topics"  # sampling needs the float model whole
 
 
 @dataclass
@@ -133,6 +136,9 @@ def quantize(
         network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
     weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
+    if calibration is None:
+        fits = folder is None or target is None or _fits(folder, place)
+        calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     check_model(network, folder)
     chosen = find_adapter(network, weights, plugins, place, adapter)
     job = Job(
@@ -158,8 +164,7 @@ def quantize(
 
     def make_calibration() -> Calibration:
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
-        source = DEFAULT_CALIBRATION if calibration is None else calibration
-        return prepare(source, request, _vocabulary(network), plugins, _longest(network))
+        return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
 
     if target is None:
         if algorithm.uses_calibration:
@@ -170,9 +175,8 @@ def quantize(
     journal = Journal(target, fresh)
     try:
         if algorithm.uses_calibration:
-            source = identify(DEFAULT_CALIBRATION if calibration is None else calibration)
             asked = {
-                "source": source,
+                "source": identify(calibration),
                 "samples": samples,
                 "seqlen": seqlen,
                 "seed": seed,
@@ -224,6 +228,15 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return chosen
+
+
+def _fits(folder: ModelFolder, device: torch.device) -> bool:
+    """Whether the float model takes at most half of the device's memory, so that it can be brought in whole."""
+    width = compute_dtype(stored_dtype(folder), device).itemsize
+    size = sum(math.prod(info.shape) for info in folder.tensors.values()) * width
+    if device.type == "cuda":
+        return size <= torch.cuda.get_device_properties(device).total_memory / 2
+    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
 def _longest(model: nn.Module) -> int | None:
