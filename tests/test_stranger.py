@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qcore_plugins.csrc.build import compiler
 
 from qcore import __version__
 from qcore.testing import tiny_transformer
@@ -95,12 +96,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist", work / name]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    files = {
-        "sdist": f"qcore-{__version__}.tar.gz",
-        "wheel": f"qcore-{__version__}-py3-none-any.whl",
-        "mistral": "qcore_plugin_mistral-1.0-py3-none-any.whl",
-    }
-    return {kind: work / "dist" / file for kind, file in files.items()}
+    (wheel,) = (work / "dist").glob(f"qcore-{__version__}-py3-none-*.whl")  # "any" without a C compiler
+    files = {"sdist": f"qcore-{__version__}.tar.gz", "mistral": "qcore_plugin_mistral-1.0-py3-none-any.whl"}
+    return {"wheel": wheel, **{kind: work / "dist" / file for kind, file in files.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +174,33 @@ def test_distributions_hold_what_they_must(built: dict[str, Path]) -> None:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
     modules = {str(file.relative_to(ROOT)) for top in ("qcore", "plugins") for file in (ROOT / top).rglob("*.py")}
     assert {name.replace("plugins/", "qcore_plugins/", 1) for name in modules} <= wheel
-    kernels = {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cu", ".cuh", ".h")}
+    kernels = {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".c", ".cu", ".cuh", ".h")}
     assert {f"qcore_plugins/{name}" for name in kernels} <= wheel
     assert kernels <= sdist
     assert {"qcore/py.typed", f"qcore-{__version__}.dist-info/licenses/LICENSE"} <= wheel
     assert {name.split("/")[0] for name in wheel} == {"qcore", "qcore_plugins", f"qcore-{__version__}.dist-info"}
     assert not [name for name in wheel if "test_" in name or "/tests/" in name]
-    assert modules | {"qcore/py.typed", "pyproject.toml", "README.md", "LICENSE"} <= sdist
+    assert modules | {"qcore/py.typed", "pyproject.toml", "README.md", "LICENSE", "setup.py"} <= sdist
     assert metadata["License-Expression"] == "Apache-2.0"
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C compiler is found ($CC, cc, gcc, clang)")
+def test_the_wheel_brings_the_cpu_library_built(stranger: Environment, built: dict[str, Path]) -> None:
+    assert not built["wheel"].name.endswith("-any.whl")
+    asked = "from qcore_plugins import cpu_library; print(cpu_library.find(), cpu_library.unavailable())"
+    found, reason = stranger.run("python", "-I", "-c", asked).stdout.split()
+    assert Path(found).is_relative_to(stranger.path)
+    assert reason == "None"
+
+
+def test_a_machine_without_a_compiler_gets_a_wheel_for_every_platform(tmp_path: Path) -> None:
+    shutil.copytree(ROOT, tmp_path / "qcore", ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tmp_path / "qcore"]
+    settings = {**os.environ, "CC": "no-such-compiler"}
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no C compiler is found" in done.stdout
+    assert (tmp_path / f"qcore-{__version__}-py3-none-any.whl").is_file()
 
 
 def test_bare_wheel_lists_its_plugins(stranger: Environment) -> None:

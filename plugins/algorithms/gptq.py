@@ -94,7 +94,7 @@ def inverse_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) 
     backwards = perm.flip(0)
     damp = damp_percent
     while damp <= 1e4:
-        A = dampen_(H[backwards[:, None], backwards], damp, shrink)
+        A = dampen_(permuted(H, backwards), damp, shrink)
         _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
         if not int(failed):
             U = turn_(invert_lower_(A))
@@ -104,14 +104,33 @@ def inverse_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) 
     return None
 
 
-def invert_lower_(L: Tensor) -> Tensor:
-    """Invert a lower triangular L [n, n] in place, by halves: nearly all of it is matrix products."""
+def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
+    """Return H[perm][:, perm] [n, n], with no second copy of it on the way."""
+    A = H.index_select(0, perm)
+    for rows in A.split(panel):
+        rows.copy_(rows.index_select(1, perm))
+    return A
+
+
+def invert_lower_(L: Tensor, strips: int = 4) -> Tensor:
+    """Invert a lower triangular L [n, n] in place, by halves: nearly all of it is matrix products.
+
+    Products with a triangle are made in strips, which leave out most of its zeros.
+    """
     n = len(L)
     if n <= 128:
         return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
     half = n // 2
     A, B, D = invert_lower_(L[:half, :half]), L[half:, :half], invert_lower_(L[half:, half:])
-    B.copy_((D @ B).neg_() @ A)
+    width = -(-n // (2 * strips))
+    for start in reversed(
+        range(0, n - half, width)
+    ):  # B = -D B, the last rows first: they need all others as they were
+        stop = start + width
+        B[start:stop] = (D[start:stop, :stop] @ B[:stop]).neg_()
+    for start in range(0, half, width):  # B = B A
+        stop = start + width
+        B[:, start:stop] = B[:, start:] @ A[start:, start:stop]
     return L
 
 

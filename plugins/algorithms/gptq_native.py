@@ -28,9 +28,13 @@ def quantize_columns(
     size: int,
     config: QuantConfig,
     search: str,
+    threads: int | None = None,
     level: str = "best",
 ) -> None:
-    """Quantize columns and find grids; see `quantize_columns` in gptq.py. W is left as it is."""
+    """Quantize columns and find grids; see `quantize_columns` in gptq.py. W is left as it is.
+
+    threads: by default torch's. level: an instruction set, for tests; by default the best there is.
+    """
     importance, group_of = importance.contiguous(), group_of.to(torch.int32).contiguous()
     columns, (reach, rows) = len(codes), W.shape
     shapes = {
@@ -54,7 +58,7 @@ def quantize_columns(
         cpu_library.load(), "qc_gptq_block", config.bits, config.sym, SEARCH[search], rows, columns, reach, size, len(scales),
         W.data_ptr(), W.stride(0), U.data_ptr(), max(U.stride(0), columns), importance.data_ptr(), group_of.data_ptr(),
         scales.data_ptr(), zeros.data_ptr(), rows, codes.data_ptr(), codes.stride(0), Err.data_ptr(), Err.stride(0),
-        torch.get_num_threads(), LEVELS[level], accept=cpu_library.SCALE_OVERFLOW,
+        torch.get_num_threads() if threads is None else threads, LEVELS[level], accept=cpu_library.SCALE_OVERFLOW,
     )  # fmt: skip
 
 
