@@ -21,11 +21,13 @@ from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, 
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import measure, windows_of
+from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
     FolderWeights,
     ModuleWeights,
+    Names,
     compute_dtype,
     load_float,
     load_quantized,
@@ -49,6 +51,7 @@ from .run import (
     provenance,
     quantize_blocks,
     quantize_to_folder,
+    renamed,
 )
 from .weight import QuantizedWeight
 
@@ -128,8 +131,9 @@ def quantize(
         working = compute_dtype(stored_dtype(folder), place)
         network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
-    weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     check_model(network, folder)
+    unfuse(network)
+    weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     chosen = find_adapter(network, weights, plugins, place, adapter)
     job = Job(
         model=network,
@@ -295,24 +299,36 @@ def save(
 @contextmanager
 def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     """A quantized model in memory as the neutral stream that formats write."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    names = Names(model)
+    linears = {
+        names.layer_on_disk(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
     if not linears:
         raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
     info: Info = getattr(model, "qcore_info", None) or Info({})
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {name for name, _ in linears.values()}
     state = {
-        name: tensor
+        names.on_disk(name): (name, tensor)
         for name, tensor in model.state_dict().items()
-        if name not in tied and name.rpartition(".")[0] not in linears
+        if name not in tied and name.rpartition(".")[0] not in quantized
     }
 
-    def weight(name: str) -> QuantizedWeight:
-        exact: QuantizedWeight = linears[name].weight_source()
-        stored = info.dtypes.get(
-            f"{name}.bias"
-        )  # half types are computed with in float32 on a CPU, and saved as they were
+    def weight(key: str) -> QuantizedWeight:
+        name, module = linears[key]
+        exact: QuantizedWeight = module.weight_source()
+        # half types are computed with in float32 on a CPU, and saved as they were
+        stored = info.dtypes.get(f"{name}.bias")
         return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
 
+    def tensor(key: str) -> Tensor:
+        name, value = state[key]
+        assert isinstance(value, Tensor)
+        return value.to(info.dtypes.get(name, value.dtype))
+
+    description = {k: v for k, v in info.report.items() if k != "layers"}
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
     config.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -326,15 +342,13 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
         yield Content(
             config=config,
             layers={
-                name: LayerSpec(name, module.config, module.in_features, module.out_features, module.spec.act_order)
-                for name, module in linears.items()
+                key: LayerSpec(key, module.config, module.in_features, module.out_features, module.spec.act_order)
+                for key, (_, module) in linears.items()
             },
             weight=weight,
             tensors=list(state),
-            tensor=lambda name: state[name].to(info.dtypes.get(name, state[name].dtype)),
-            provenance=provenance(
-                {k: v for k, v in info.report.items() if k != "layers"}, info.report.get("layers", [])
-            ),
+            tensor=tensor,
+            provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
             files=files,
         )
 
@@ -391,6 +405,7 @@ def load(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
+    found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder))  # type: ignore[assignment]
     return network
