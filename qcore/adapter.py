@@ -26,6 +26,7 @@ class ModelAdapter:
     input; groups stand in order of use; `*` matches one part of a name; a name that a block lacks is skipped, so that
     one declaration can serve blocks that differ. before_blocks, after_blocks: modules that run before the first and
     after the last block (what must be in memory to start). Empty: everything outside the blocks.
+    keep_float: linears that are not quantized (routers), named as in linear_groups.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelAdapter:
     linear_groups: tuple[tuple[str, ...], ...]
     before_blocks: tuple[str, ...] = ()
     after_blocks: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)  # what `discover` assumed
 
     def find_blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -55,37 +57,50 @@ class ModelAdapter:
         return [(f"{self.blocks}.{index}", block) for index, block in enumerate(blocks)]
 
     def groups_in(self, block: nn.Module) -> list[tuple[str, ...]]:
-        """Return the groups of linears this block really has, as names inside the block.
+        """Return the groups of linears this block really has, as names inside the block, in the order they run.
 
         Raises ModelError when a linear of the block is in no group, or a group matches nothing at all.
         """
+        return [group for stage in self.stages_in(block) for group in stage]
+
+    def stages_in(self, block: nn.Module) -> list[list[tuple[str, ...]]]:
+        """Return the same groups, those that run side by side (one per value of `*`: experts) in one list.
+
+        Raises ModelError as `groups_in` does.
+        """
         present = linears_in(block)
-        groups: list[tuple[str, ...]] = []
-        for patterns in self.linear_groups:
-            for expanded in _expand(patterns, present):
-                if expanded:
-                    groups.append(expanded)
-        named = {name for group in groups for name in group}
-        missed = [name for name in present if name not in named]
-        if missed or not groups:
+        stages = [expanded for patterns in self.linear_groups if (expanded := _expand(patterns, present))]
+        named = {name for stage in stages for group in stage for name in group}
+        missed = [name for name in present if name not in named and not self.keeps_float(name)]
+        if missed or not stages:
             raise ModelError(
                 f"adapter {self.name!r} covers {name_list(sorted(named))} but the block has the linears "
-                f"{name_list(present, 20)}. Add the missing ones to linear_groups."
+                f"{name_list(present, 20)}. Add the missing ones ({name_list(missed, 4)}) to linear_groups."
             )
-        return groups
+        return stages
+
+    def keeps_float(self, name: str) -> bool:
+        """Whether a linear (named inside its block) is one that is never quantized."""
+        return any(_stars(pattern, name) is not None for pattern in self.keep_float)
 
 
 def _expand(patterns: Sequence[str], present: Sequence[str]) -> list[tuple[str, ...]]:
     """Give the names a group matches. With `*`, one group per value of the starred part (experts do not share)."""
     found: dict[tuple[str, ...], list[str]] = {}
     for pattern in patterns:
-        parts = pattern.split(".")
         for name in present:
-            pieces = name.split(".")
-            if len(pieces) == len(parts) and all(fnmatch.fnmatchcase(a, b) for a, b in zip(pieces, parts, strict=True)):
-                key = tuple(piece for piece, part in zip(pieces, parts, strict=True) if "*" in part)
-                found.setdefault(key, []).append(name)
+            stars = _stars(pattern, name)
+            if stars is not None:
+                found.setdefault(stars, []).append(name)
     return [tuple(names) for names in found.values()]
+
+
+def _stars(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What the starred parts of a pattern stand for in a name, or None when it does not match."""
+    parts, pieces = pattern.split("."), name.split(".")
+    if len(pieces) != len(parts) or not all(map(fnmatch.fnmatchcase, pieces, parts)):
+        return None
+    return tuple(piece for piece, part in zip(pieces, parts, strict=True) if "*" in part)
 
 
 def is_linear(module: nn.Module) -> bool:

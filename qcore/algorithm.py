@@ -58,9 +58,10 @@ class BlockContext(Protocol):
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.
 
-        x is [tokens, in_features] with padding removed, once per batch. Linears given by `replace` act with their
-        quantized weight. With `paired`, `visit(name, x, x_float)` also gets the same tokens' inputs in the
-        float model (needs `float_stream`). A batch stops as soon as every named linear has been seen.
+        x is [tokens, in_features] with padding removed, once per batch; its memory is used again after the visit, so copy
+        what is to be kept. Linears given by `replace` act with their quantized weight. With `paired`,
+        `visit(name, x, x_float)` also gets the same tokens' inputs in the float model (needs `float_stream`). A batch
+        stops as soon as every named linear has been seen.
         """
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,11 +24,13 @@ from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, 
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import measure, windows_of
+from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
     FolderWeights,
     ModuleWeights,
+    Names,
     compute_dtype,
     load_float,
     load_quantized,
@@ -52,6 +54,7 @@ from .run import (
     provenance,
     quantize_blocks,
     quantize_to_folder,
+    renamed,
 )
 from .weight import QuantizedWeight
 
@@ -135,11 +138,12 @@ def quantize(
         working = compute_dtype(stored_dtype(folder), place)
         network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
+    check_model(network, folder)
+    unfuse(network)
     weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
-    check_model(network, folder)
     chosen = find_adapter(network, weights, plugins, place, adapter)
     job = Job(
         model=network,
@@ -255,6 +259,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
+    unknown = _unknown(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
     for _, results, found in quantize_blocks(job, None, _announce(plugins)):
         records += found
@@ -265,24 +270,30 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
-    job.model.qcore_info = _info(report, tokenizer, job.model, folder)  # type: ignore[assignment]
+    job.model.qcore_info = _info(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
     plugins.call("qcore_run_finished", report=report)
     return job.model
 
 
-def _info(report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None) -> Info:
+def _info(
+    report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
+) -> Info:
     if folder is None:
         return Info(report, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
     dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    known = {*keys.values(), *tied}
-    quantized = [f"{name}." for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    own = (*quantized, *(name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for name in quantized))
-    strangers = {
-        key: partial(folder.tensor, key) for key in folder.tensors if key not in known and not key.startswith(own)
-    }
+    strangers = {key: partial(folder.tensor, key) for key in unknown}
     return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
+
+
+def _unknown(model: nn.Module, available: Iterable[str]) -> list[str]:
+    """Tensors of a checkpoint that this model has no parameter for."""
+    available = list(available)
+    known = {
+        *match_keys(model, available, partial=True).values(),
+        *(getattr(model, "all_tied_weights_keys", None) or ()),
+    }
+    return [key for key in available if key not in known]
 
 
 class _CompactSource:
@@ -319,22 +330,37 @@ def save(
 @contextmanager
 def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     """A quantized model in memory as the neutral stream that formats write."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    names = Names(model)
+    linears = {
+        names.layer_on_disk(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
     if not linears:
         raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
     info: Info = getattr(model, "qcore_info", None) or Info({})
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {name for name, _ in linears.values()}
     state = {
-        name: tensor
+        names.on_disk(name): (name, tensor)
         for name, tensor in model.state_dict().items()
-        if name not in tied and name.rpartition(".")[0] not in linears
+        if name not in tied and name.rpartition(".")[0] not in quantized
     }
 
-    def weight(name: str) -> QuantizedWeight:
-        exact: QuantizedWeight = linears[name].weight_source()
+    def weight(key: str) -> QuantizedWeight:
+        name, module = linears[key]
+        exact: QuantizedWeight = module.weight_source()
         stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
         return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
 
+    def tensor(key: str) -> Tensor:
+        if key in info.strangers:
+            return info.strangers[key]()
+        name, value = state[key]
+        assert isinstance(value, Tensor)
+        return value.to(info.dtypes.get(name, value.dtype))
+
+    description = {k: v for k, v in info.report.items() if k != "layers"}
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
     config.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -348,17 +374,13 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
         yield Content(
             config=config,
             layers={
-                name: LayerSpec(name, module.config, module.in_features, module.out_features, module.spec.act_order)
-                for name, module in linears.items()
+                key: LayerSpec(key, module.config, module.in_features, module.out_features, module.spec.act_order)
+                for key, (_, module) in linears.items()
             },
             weight=weight,
             tensors=[*state, *info.strangers],
-            tensor=lambda name: (
-                state[name].to(info.dtypes.get(name, state[name].dtype)) if name in state else info.strangers[name]()
-            ),
-            provenance=provenance(
-                {k: v for k, v in info.report.items() if k != "layers"}, info.report.get("layers", [])
-            ),
+            tensor=tensor,
+            provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
             files=files,
         )
 
@@ -415,8 +437,9 @@ def load(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
+    found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
-    network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder))  # type: ignore[assignment]
+    network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder), _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
 
 

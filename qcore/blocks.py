@@ -421,22 +421,21 @@ def make_block(
 
 
 @torch.no_grad()
-def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
-
-    Linears that did not run (experts no token went to) come last, each alone.
-    """
-    inputs: list[tuple[Tensor, list[str]]] = []
+def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
+    """Run one block and number the inputs of its linears, which stand in the order they ran; equal numbers: one tensor."""
+    inputs: list[tuple[Tensor, int]] = []
+    numbers: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            for known, names in inputs:
-                if known.data_ptr() == x.data_ptr() and known.shape[-1] == x.shape[-1] and known.numel() == x.numel():
-                    if name not in names:
-                        names.append(name)
+            for number, (known, version) in enumerate(inputs):
+                same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
+                if same and known.shape[-1] == x.shape[-1]:
+                    numbers.setdefault(name, number)
                     return
-            inputs.append((x, [name]))  # holding x keeps its memory from being reused under another input
+            inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
+            numbers.setdefault(name, len(inputs) - 1)
 
         return note
 
@@ -446,6 +445,16 @@ def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    groups = [tuple(names) for _, names in inputs]
-    ran = {name for group in groups for name in group}
-    return groups + [(name,) for name in linears_in(module) if name not in ran]
+    return numbers
+
+
+def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
+
+    Linears that did not run (experts no token went to) come last, each alone.
+    """
+    numbers = inputs_of(module, hidden, kwargs)
+    groups: dict[int, list[str]] = {}
+    for name, number in numbers.items():
+        groups.setdefault(number, []).append(name)
+    return [*map(tuple, groups.values()), *((name,) for name in linears_in(module) if name not in numbers)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backend import Backend
 from .checkpoint import ModelFolder
 from .errors import CheckpointError, ModelError, name_list
+from .experts import Piece, conversions, pieces_of, unfuse
 from .exporter import Content
 from .linear import QuantLinear, replace_module, weight_of
 
@@ -45,7 +46,9 @@ def load_config(folder: ModelFolder, trust_remote_code: bool) -> Any:
 
 
 def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """Build the model with parameters on the meta device and real buffers; nothing large is allocated."""
+    """Build the model with parameters on the meta device and real buffers, fused experts taken apart; nothing large is
+    allocated.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -64,7 +67,7 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
         )
-    return model.eval()
+    return unfuse(model.eval())
 
 
 def stored_dtype(folder: ModelFolder) -> torch.dtype:
@@ -147,9 +150,11 @@ class FolderWeights:
 
     def __init__(self, model: nn.Module, folder: ModelFolder) -> None:
         self.model, self.folder = model, folder
-        self.keys = match_keys(model, folder.tensors)
+        self.keys, self.pieces = _locate(model, folder.tensors)
         for name, key in self.keys.items():
             shape, found = tuple(_get(model, name).shape), folder.tensors[key].shape
+            if name in self.pieces:
+                found = tuple(self.pieces[name].take(torch.empty(found, device="meta")).shape)
             if shape != found:
                 raise CheckpointError(
                     f"{folder.path}/{folder.tensors[key].file}: tensor {key} has shape {list(found)}, "
@@ -159,11 +164,16 @@ class FolderWeights:
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """See Weights. Every floating weight is checked for NaN and Inf on the way."""
         prefix = f"{name}." if name else ""
-        wanted = {self.keys[full]: full for full in self.keys if full == name or full.startswith(prefix)}
+        wanted: dict[str, list[str]] = {}
+        for full, key in self.keys.items():
+            if full == name or full.startswith(prefix):
+                wanted.setdefault(key, []).append(full)
         for key, tensor in self.folder.read(wanted):
             check_finite(tensor, key)
             target = dtype if tensor.is_floating_point() else tensor.dtype
-            _set(self.model, wanted[key], tensor.to(device, target))
+            tensor = tensor.to(device, target)
+            for full in wanted[key]:
+                _set(self.model, full, self.part(full, tensor))
         module = self.model.get_submodule(name)
         for submodule in module.modules():
             for key, buffer in submodule.named_buffers(recurse=False):
@@ -180,6 +190,14 @@ class FolderWeights:
     def dtype_of(self, parameter: str) -> torch.dtype:
         """See Weights."""
         return self.folder.tensors[self.keys[parameter]].dtype
+
+    def part(self, parameter: str, tensor: Tensor) -> Tensor:
+        """Return a parameter's part of the tensor it is stored in: all of it, or one expert's piece of a fused one."""
+        return self.pieces[parameter].take(tensor) if parameter in self.pieces else tensor
+
+    def tensor(self, parameter: str) -> Tensor:
+        """Read one parameter as it is stored."""
+        return self.part(parameter, self.folder.tensor(self.keys[parameter]))
 
 
 class ModuleWeights:
@@ -222,22 +240,80 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ModelError(f"{name} holds {bad} values that are NaN or Inf; the model file is damaged or diverged.")
 
 
+class Names:
+    """How a model's tensors are called on disk, where transformers renames them while loading (embed_out -> lm_head).
+
+    Folders are written with the names on disk: those that other programs read.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+        rules = [rule for rule in conversions(model) if isinstance(rule, WeightRenaming)]
+        self._rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+        self._back = [rule.reverse_transform() for rule in reversed(self._rules)]
+        self._own = set(model.state_dict())
+
+    def in_model(self, key: str) -> str:
+        """The model's name of a tensor on disk."""
+        return key if key in self._own else _apply(self._rules, key)
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a model's tensor; its own where the rules do not lead back."""
+        key = _apply(self._back, name)
+        return key if _apply(self._rules, key) == name else name
+
+    def layer_in_model(self, layer: str) -> str:
+        """As `in_model`, for a linear: rules may ask for the `.weight`."""
+        return self.in_model(f"{layer}.weight").removesuffix(".weight")
+
+    def layer_on_disk(self, layer: str) -> str:
+        """As `on_disk`, for a linear."""
+        return self.on_disk(f"{layer}.weight").removesuffix(".weight")
+
+
+def _apply(rules: list[Any], name: str) -> str:
+    for rule in rules:
+        name = rule.rename_source_key(name)[0]
+    return name
+
+
 def match_keys(model: nn.Module, available: Iterable[str], partial: bool = False) -> dict[str, str]:
     """Map the model's parameter and persistent buffer names to a checkpoint's tensor names.
 
-    A checkpoint of the bare base model lacks the prefix ("transformer."), one of a wrapper may carry it; both are
-    understood. Tied parameters may be absent, and with `partial` any other.
+    A checkpoint of the bare base model lacks the prefix ("transformer."), one of a wrapper may carry it, and some have
+    names that transformers changes; all are understood. Tied parameters may be absent, and with `partial` any other. The
+    linears of experts that a checkpoint keeps fused all map to the fused tensor.
 
     Raises ModelError naming parameters that have no tensor.
     """
-    names = set(available)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return _locate(model, available, partial)[0]
+
+
+def _locate(
+    model: nn.Module, available: Iterable[str], partial: bool = False
+) -> tuple[dict[str, str], dict[str, Piece]]:
+    """Return name -> tensor name, and name -> piece for those that are part of a fused tensor."""
+    names, prefix = Names(model), f"{getattr(model, 'base_model_prefix', '')}."
+    tensors: dict[str, str] = {}
+    for key in available:
+        tensors.setdefault(names.in_model(key), key)
+    tensors |= {key: key for key in available}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    pieces = pieces_of(model)
+
+    def find(name: str) -> str | None:
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        return next((tensors[spelling] for spelling in spellings if spelling in tensors), None)
+
     keys: dict[str, str] = {}
+    fused: dict[str, Piece] = {}
     missing = []
     for name in model.state_dict():
-        without = name.removeprefix(prefix)
-        found = next((key for key in (name, without, prefix + name) if key in names), None)
+        found = find(name)
+        if found is None and name in pieces:
+            found = find(pieces[name].fused)
+            fused |= {name: pieces[name]} if found else {}
         if found is not None:
             keys[name] = found
         elif name not in tied and not _is_buffer(model, name):
@@ -247,7 +323,7 @@ def match_keys(model: nn.Module, available: Iterable[str], partial: bool = False
             f"the checkpoint has no tensor for {len(missing)} parameters of {type(model).__name__}: "
             f"{name_list(missing, 5)}. It is incomplete or of another architecture."
         )
-    return keys
+    return keys, fused
 
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
@@ -295,31 +371,35 @@ def load_quantized(
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
     places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
-    for name, layer in content.layers.items():
+    names = Names(model)
+    layers = {names.layer_in_model(key): key for key in content.layers}
+    for name, key in layers.items():
+        layer = content.layers[key]
         try:
             shape = list(weight_of(model.get_submodule(name)).shape)
         except AttributeError:
-            raise CheckpointError(f"{folder}: quantized layer {name} is not in {type(model).__name__}.") from None
+            raise CheckpointError(f"{folder}: quantized layer {key} is not in {type(model).__name__}.") from None
         if shape != [layer.out_features, layer.in_features]:
             raise CheckpointError(
-                f"{folder}: quantized layer {name} has shape {[layer.out_features, layer.in_features]}, "
+                f"{folder}: quantized layer {key} has shape {[layer.out_features, layer.in_features]}, "
                 f"the model asks for {shape}."
             )
         replace_module(model, name, nn.Identity())
-    keys = match_keys(model, floats)
+    keys, pieces = _locate(model, floats)
     for name, key in keys.items():
         tensor = content.tensor(key)
         check_finite(tensor, key)
+        tensor = pieces[name].take(tensor) if name in pieces else tensor
         if tensor.shape != _get(model, name).shape:
             raise CheckpointError(
                 f"{folder}: tensor {key} has shape {list(tensor.shape)}, the model asks for {list(_get(model, name).shape)}."
             )
         _set(model, name, tensor.to(places(name), target if tensor.is_floating_point() else tensor.dtype))
     model.tie_weights()  # type: ignore[operator]
-    for name in content.layers:
+    for name, key in layers.items():
         place = places(name)
-        weight = content.weight(name).to(place)
-        source = _WeightSource(content, name)
+        weight = content.weight(key).to(place)
+        source = _WeightSource(content, key)
         replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
     for module_name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):

@@ -33,7 +33,7 @@ from .config import Override, QuantConfig, resolve
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear
-from .model import FolderWeights, Weights, compute_dtype
+from .model import FolderWeights, Names, Weights, compute_dtype
 from .plugins import Plugins
 from .weight import QuantizedWeight
 
@@ -500,16 +500,17 @@ def journal_content(
 ) -> Content:
     """The finished run as a stream: quantized linears from the journal, everything else from the source folder.
 
-    Tensors take the model's own parameter names, whatever prefix the source checkpoint left out.
+    Tensors take the names that transformers writes, whatever prefix the source checkpoint left out.
     """
     assert isinstance(job.weights, FolderWeights)
-    names = {key: name for name, key in job.weights.keys.items()}
-    quantized = {job.weights.keys[f"{layer}.{part}"] for layer in location for part in ("weight", "bias")
-                 if f"{layer}.{part}" in job.weights.keys}  # fmt: skip
-    others = {names.get(key, key): key for key in folder.tensors if key not in quantized}
+    weights, names = job.weights, Names(job.model)
+    on_disk = {names.layer_on_disk(name): name for name in location}
+    floats = {names.on_disk(name): name for name in weights.keys if name.rpartition(".")[0] not in location}
+    strays = set(folder.tensors) - set(weights.keys.values())  # of no parameter: carried along
     latest: dict[int, dict[str, QuantizedWeight]] = {}
 
-    def weight(name: str) -> QuantizedWeight:
+    def weight(key: str) -> QuantizedWeight:
+        name = on_disk[key]
         index = location[name]
         if index not in latest:
             latest.clear()
@@ -524,15 +525,23 @@ def journal_content(
     return Content(
         config={key: value for key, value in folder.config.items() if key != "quantization_config"},
         layers={
-            name: LayerSpec(name, spec.config, spec.in_features, spec.out_features, act_order[name])
-            for name, spec in specs.items()
+            key: LayerSpec(key, specs[name].config, specs[name].in_features, specs[name].out_features, act_order[name])
+            for key, name in on_disk.items()
         },
         weight=weight,
-        tensors=list(others),
-        tensor=lambda name: folder.tensor(others[name]),
-        provenance=provenance(job.describe(), records),
+        tensors=[*floats, *sorted(strays)],
+        tensor=lambda key: weights.tensor(floats[key]) if key in floats else folder.tensor(key),
+        provenance=provenance(*renamed(job.describe(), records, names.layer_on_disk)),
         files=folder.carried_files(),
     )
+
+
+def renamed(
+    description: Mapping[str, Any], records: Sequence[Mapping[str, Any]], rename: Callable[[str], str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Give the linears of a report other names: the model's own in memory, those on disk in a folder."""
+    skipped = {"skipped": [rename(name) for name in description["skipped"]]} if "skipped" in description else {}
+    return {**description, **skipped}, [{**record, "name": rename(record["name"])} for record in records]
 
 
 def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blocks, grid
-from .adapter import ModelAdapter, linears_in
+from .adapter import ModelAdapter, _stars, linears_in
 from .algorithm import Algorithm
 from .api import content_of, quantize
 from .backend import Backend, MatmulSpec
@@ -202,16 +202,38 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
         model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
     )
     for index, (name, block) in enumerate(found):
-        declared = [set(group) for group in adapter.groups_in(block)]
-        ran = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
-        seen = [set(group) for group in ran]
-        for group in declared:
-            home = [known for known in seen if group <= known]
-            assert home, f"{adapter.name}: {name}: {sorted(group)} do not share one input; a forward pass shows {ran}"
-        missing = set(linears_in(block)) - set().union(*declared)
-        assert not missing, f"{adapter.name}: {name}: {sorted(missing)} are in no group"
-        order = [next(i for i, known in enumerate(seen) if group <= known) for group in declared]
-        assert order == sorted(order), f"{adapter.name}: {name}: groups run in the order {ran}, not as declared"
+        numbers = blocks.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
+        where, when = f"{adapter.name}: {name}", {linear: at for at, linear in enumerate(numbers)}
+        shown = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
+        order = []
+        for stage in adapter.stages_in(block):
+            for group in stage:
+                inputs = {numbers[linear] for linear in group if linear in numbers}
+                assert len(inputs) <= 1, (
+                    f"{where}: {sorted(group)} do not share one input; a forward pass shows {shown}"
+                )
+            order.append(
+                min((when[linear] for group in stage for linear in group if linear in when), default=len(when))
+            )
+        assert order == sorted(order), f"{where}: groups run in the order {shown}, not as declared"
+    present = {linear for _, block in found for linear in linears_in(block)}
+    for patterns in (*adapter.linear_groups, adapter.keep_float):
+        for pattern in patterns:
+            assert any(_stars(pattern, linear) is not None for linear in present), (
+                f"{adapter.name}: no block of {type(model).__name__} has a linear {pattern}; they have {sorted(present)}"
+            )
+    for outside in (*adapter.before_blocks, *adapter.after_blocks):
+        assert _named(model, outside), f"{adapter.name}: {type(model).__name__} has no module {outside}"
+
+
+def _named(model: nn.Module, name: str) -> bool:
+    """Whether a dotted name leads to a module, or to None where a model may lack it."""
+    place: Any = model
+    for part in name.split("."):
+        if not hasattr(place, part):
+            return False
+        place = getattr(place, part)
+    return True
 
 
 def check_backend(
