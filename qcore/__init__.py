@@ -18,6 +18,7 @@ _HOMES = {
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
     "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
     "config": ("Options", "Override", "QuantConfig"),
+    "conversion": ("convert",),
     "errors": (
         "BackendError",
         "CalibrationError",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
+    from .conversion import convert as convert
     from .errors import BackendError as BackendError
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError

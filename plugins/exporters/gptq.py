@@ -27,7 +27,7 @@ from qcore import (
     read_json,
 )
 
-from .layouts import Rows, grid_of, layers_of, note_of_zeros, zeros_beyond
+from .layouts import Rows, grid_of, layers_of, note_of_zeros, raise_zeros, zeros_beyond
 
 BITS = (2, 3, 4, 8)
 SIDE_FILE = "quantize_config.json"
@@ -57,6 +57,10 @@ class Gptq(TensorExporter):
         low, high = self.layout.zeros_held(weight.config)
         found = zeros_beyond(weight, low, high)
         return found and f"it holds integer zero points {low} to {high}, found {found}"
+
+    def nearest(self, weight: QuantizedWeight) -> QuantizedWeight | None:
+        """Groups whose zero point is 0 get 1: their codes rise by one, and only the highest code falls short."""
+        return raise_zeros(weight, self.zero_offset)
 
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See TensorExporter."""
@@ -122,13 +126,15 @@ class Gptq(TensorExporter):
 
     def layers_in(self, folder: ModelFolder, quantization: Mapping[str, Any]) -> dict[str, LayerSpec]:
         """See TensorExporter."""
-        return layers_of(folder, lambda name: (self.layout, _config_of(name, quantization, folder)), "gptq")
+        return layers_of(folder, lambda name: (Rows(self.zero_offset), _config_of(name, quantization, folder)), "gptq")
 
     def decode(
         self, layer: LayerSpec, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
     ) -> QuantizedWeight:
         """See TensorExporter."""
-        return self.layout.decode(layer, tensors)
+        return Rows(self.zero_offset, wraps=self.zero_offset == 1 and _by_gptqmodel(quantization)).decode(
+            layer, tensors
+        )
 
     def notes(
         self, folder: ModelFolder, layers: Mapping[str, LayerSpec], quantization: Mapping[str, Any]
@@ -143,6 +149,13 @@ class GptqV2(Gptq):
     name = "gptq_v2"
     description = "GPTQ v2 (true zero points), read by GPTQModel and newer vLLM"
     zero_offset = 0
+
+
+def _by_gptqmodel(quantization: Mapping[str, Any]) -> bool:
+    """Whether GPTQModel wrote a folder, which it notes under meta."""
+    meta = quantization.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, dict) else None
+    return any("gptqmodel" in str(maker) for maker in (makers if isinstance(makers, list) else [makers]))
 
 
 def _config_of(name: str, quantization: Mapping[str, Any], folder: ModelFolder) -> QuantConfig:

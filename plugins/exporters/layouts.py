@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -61,10 +61,13 @@ class Rows:
 
     zero_offset: what is taken off a zero point before it is stored, 1 in v1. A file that stores zero - 1 never holds
     zero = 0: the -1 spills into its neighbours in most readers.
+    wraps: the file is GPTQModel's, which does write zero = 0 so: it takes one off each field of a whole word at once, letting
+    borrows run, and puts it back the same way (fields that cross words wrap one by one).
     """
 
     zero_offset: int
     g_idx: bool = True
+    wraps: bool = False
 
     def why_not(self, layer: LayerSpec) -> str | None:
         """Whole words of 32 bits along both sides."""
@@ -117,17 +120,29 @@ class Rows:
         config = layer.config
         stored = packing.unpack(tensors["qzeros"], config.bits, layer.out_features)  # uint8 [G, N]
         offset, _ = zero_offset(stored, config, self.zero_offset)
+        zeros = stored.to(torch.int32) + offset
+        if self.wraps and not config.sym:
+            zeros = _put_back(tensors["qzeros"], config.bits, layer.out_features).to(torch.int32)
         g_idx = tensors.get("g_idx")
         if g_idx is None:
             g_idx = grid.group_index(layer.in_features, config.group_size)
         return QuantizedWeight(
             codes=packing.unpack(tensors["qweight"].t().contiguous(), config.bits, layer.in_features).contiguous(),
             scales=tensors["scales"].t().contiguous(),
-            zeros=(stored.to(torch.int32) + offset).t().contiguous(),
+            zeros=zeros.t().contiguous(),
             g_idx=g_idx,
             config=config,
             bias=tensors.get("bias"),
         )
+
+
+def _put_back(words: Tensor, bits: int, count: int) -> Tensor:
+    """Zero points of a v1 file in which borrows ran, uint8 [G, N]."""
+    if 32 % bits:
+        return packing.unpack(words, bits, count) + 1 & 2**bits - 1
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    restored = (words.to(torch.int64) + ones) & 0xFFFFFFFF
+    return packing.unpack(torch.where(restored >= 2**31, restored - 2**32, restored).to(torch.int32), bits, count)
 
 
 @dataclass(frozen=True)
@@ -263,6 +278,15 @@ def zeros_beyond(weight: QuantizedWeight, low: int, high: int) -> str | None:
         kind = "" if not zeros.is_floating_point() else " (floating)"
         return f"{float(zeros.min()):g} to {float(zeros.max()):g}{kind}"
     return None
+
+
+def raise_zeros(weight: QuantizedWeight, low: int) -> QuantizedWeight | None:
+    """The same weight with no zero point below `low`, codes raised along and clipped; None for floating zero points."""
+    if weight.zeros.is_floating_point() or bool((weight.zeros > weight.config.maxq).any()):
+        return None
+    lift = (low - weight.zeros).clamp(min=0)  # [out, groups]
+    codes = (weight.codes.int() + grid.spread(lift, weight.g_idx)).clamp(max=weight.config.maxq)
+    return replace(weight, codes=codes.to(torch.uint8), zeros=weight.zeros + lift)
 
 
 def layers_of(
