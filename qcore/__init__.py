@@ -16,8 +16,9 @@ _HOMES = {
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
     "backend": ("Backend", "MatmulSpec"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
-    "checkpoint": ("ModelFolder", "TensorExporter", "read_json"),
+    "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
     "config": ("Options", "Override", "QuantConfig"),
+    "conversion": ("convert",),
     "errors": (
         "BackendError",
         "CalibrationError",
@@ -31,7 +32,7 @@ _HOMES = {
     "exporter": ("Content", "Exporter", "LayerSpec"),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "linear": ("QuantLinear",),
-    "model": ("quiet_transformers",),
+    "model": ("quiet_transformers", "transposed_linears"),
     "weight": ("QuantizedWeight",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,12 +58,14 @@ if TYPE_CHECKING:
     from .backend import MatmulSpec as MatmulSpec
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
+    from .checkpoint import FolderExporter as FolderExporter
     from .checkpoint import ModelFolder as ModelFolder
     from .checkpoint import TensorExporter as TensorExporter
     from .checkpoint import read_json as read_json
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
+    from .conversion import convert as convert
     from .errors import BackendError as BackendError
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl as hookimpl
     from .linear import QuantLinear as QuantLinear
     from .model import quiet_transformers as quiet_transformers
+    from .model import transposed_linears as transposed_linears
     from .weight import QuantizedWeight as QuantizedWeight
 
 

@@ -278,6 +278,30 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(f"note: {note}")
 
 
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
+@click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
+@json_option
+def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) -> None:
+    """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
+    from . import api, conversion
+
+    conversion.convert(model, output, format_, lossy=lossy)
+    report = api.report(output)
+    lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "format": format_, **report["converted"]}))
+        return
+    for name, facts in lost.items():
+        grid = facts.get("kept") or f"{facts['bits']} bits, group {facts['group_size']}"
+        click.echo(f"changed: {name}: {grid}, relative error {facts['error']:.2g}")
+    click.echo(
+        f"{output}: {report['converted']['from']} to {format_}, {f'{len(lost)} linears changed' if lost else 'exact'}"
+    )
+
+
 @cli.command("build-kernels")
 @click.argument("plugin", required=False)
 def build_kernels(plugin: str | None) -> None:

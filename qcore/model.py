@@ -70,6 +70,25 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
     return unfuse(model.eval())
 
 
+def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of the linears that the model keeps transposed (Conv1D), going by its config.
+
+    A model_type that transformers does not know has code of its own, which is not run; its linears are taken for nn.Linear.
+    """
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        return frozenset()
+    with _transformers_errors(f"a config of model_type {kind!r}"), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+    conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return frozenset(conv.intersection(names))
+
+
 def stored_dtype(folder: ModelFolder) -> torch.dtype:
     """The dtype most of a folder's floating weights are stored in."""
     sizes: dict[torch.dtype, int] = {}

@@ -165,7 +165,9 @@ def test_a_file_that_says_the_truth_gets_no_note(tmp_path):
 def test_zero_points_of_zero_are_refused_in_v1_and_kept_in_v2(tmp_path):
     weight = plain_weight(4, sym=False)
     weight.zeros[3, 1] = 0
-    with pytest.raises(CheckpointError, match=f"format 'gptq' holds integer zero points 1 to 15; {LAYER} has 0 to 15"):
+    with pytest.raises(
+        CheckpointError, match=f"format 'gptq' cannot hold {LAYER}: it holds integer zero points 1 to 15, found 0 to 15"
+    ):
         save(V1, {LAYER: weight}, tmp_path / "one")
     assert V2.open(save(V2, {LAYER: weight}, tmp_path / "two")).weight(LAYER).equal(weight)
 
