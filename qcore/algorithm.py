@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .config import Options, QuantConfig
+from .errors import BackendError
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ class BlockContext(Protocol):
     seed: int
     linears: Mapping[str, Linear]  # by full name, in order of use
     groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
+    stages: Sequence[Sequence[tuple[str, ...]]]  # the same, those that run side by side (experts) in one
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.
@@ -99,6 +101,21 @@ class Algorithm(ABC):
     def uses_calibration(self) -> bool:
         """Whether these parameters need calibration data at all."""
         return self.needs_calibration
+
+    def facts(self, device: torch.device) -> dict[str, Any]:
+        """What beside the parameters decides the bits of a result on this device: which code runs, of which version.
+
+        It stands in reports, and a journal is resumed only where it is the same. Values are plain JSON.
+        """
+        return {}
+
+    @classmethod
+    def build(cls, report: Callable[[str], None]) -> str:
+        """Build native code for this machine, telling `report` of each step, and return what was built.
+
+        `qcore build-kernels` calls it on algorithms that override it. The others have none and raise BackendError.
+        """
+        raise BackendError(f"algorithm {cls.name!r} has no native code to build.")
 
     @abstractmethod
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:

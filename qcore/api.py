@@ -6,9 +6,10 @@ Each is a short list of steps; the steps live in the files this one imports.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, 
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import measure, windows_of
-from .experts import unfuse
+from .experts import pieces_of, unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
@@ -69,6 +70,9 @@ class Info:
     files: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None  # config.json of the folder it came from
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
+    strangers: Mapping[str, Callable[[], Tensor]] = field(
+        default_factory=dict
+    )  # its tensors that the model does not know
 
 
 def quantize(
@@ -152,7 +156,7 @@ def quantize(
     )
 
     def float_model() -> nn.Module:
-        if folder is None or target is None:
+        if folder is None or (target is None and place.type == "cpu"):
             return network
         return load_float(folder, trust_remote_code, job.dtype).to(place)
 
@@ -262,7 +266,17 @@ def _info(report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: Mode
         return Info(report, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
     dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names, known = Names(model), {*keys.values(), *tied}
+    quantized = [f"{name}." for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    quantized += [piece.fused for piece in pieces_of(model).values()]
+    own = (*quantized, *(name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for name in quantized))
+    strangers = {
+        key: partial(folder.tensor, key)
+        for key in folder.tensors
+        if key not in known and not names.in_model(key).startswith(own)
+    }
+    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
 
 
 class _CompactSource:
@@ -319,11 +333,12 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     def weight(key: str) -> QuantizedWeight:
         name, module = linears[key]
         exact: QuantizedWeight = module.weight_source()
-        # half types are computed with in float32 on a CPU, and saved as they were
-        stored = info.dtypes.get(f"{name}.bias")
+        stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
         return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
 
     def tensor(key: str) -> Tensor:
+        if key in info.strangers:
+            return info.strangers[key]()
         name, value = state[key]
         assert isinstance(value, Tensor)
         return value.to(info.dtypes.get(name, value.dtype))
@@ -346,7 +361,7 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
                 for key, (_, module) in linears.items()
             },
             weight=weight,
-            tensors=list(state),
+            tensors=[*state, *info.strangers],
             tensor=tensor,
             provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
             files=files,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import ConfigError, QcoreError
+from .errors import BackendError, ConfigError, QcoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     plugins.manager.register(progress)
     try:
         with progress:
-            api.quantize(model, output=output, format=format_, **settings, **_pairs(options))
+            api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
@@ -98,7 +98,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
         _show_summary(output, report, found)
 
 
-def _pairs(options: tuple[str, ...]) -> dict[str, Any]:
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text."""
     pairs = {}
     for option in options:
@@ -279,18 +279,37 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 
 @cli.command("build-kernels")
-@click.argument("backend", required=False)
-def build_kernels(backend: str | None) -> None:
-    """Compile the native code of BACKEND, by default of every backend that has some, for the GPUs here."""
+@click.argument("plugin", required=False)
+def build_kernels(plugin: str | None) -> None:
+    """Compile the native code of the backend or algorithm PLUGIN for this machine, by default of all that have some.
+
+    Without a name, what cannot be built here is said and the others are built all the same.
+    """
+    from .algorithm import Algorithm
     from .backend import Backend
     from .plugins import installed
 
     plugins = installed()
-    named = [plugins.get("backend", backend)] if backend else list(plugins.usable("backend").values())
-    for each in named:
-        if backend or type(each).build is not Backend.build:
-            built = each.build(lambda step: click.echo(step, err=True))
-            click.echo(f"{each.name}: {built}")
+    algorithms, backends = plugins.usable("algorithm"), plugins.usable("backend")
+    if plugin:
+        each = plugins.get("algorithm" if plugin in algorithms else "backend", plugin)
+        click.echo(f"{plugin}: {each.build(_say)}")
+        return
+    native = [(name, each) for name, each in algorithms.items() if each.build.__func__ is not Algorithm.build.__func__]  # type: ignore[attr-defined]
+    native += [(name, each) for name, each in backends.items() if type(each).build is not Backend.build]
+    failures = []
+    for name, each in native:
+        try:
+            click.echo(f"{name}: {each.build(_say)}")
+        except BackendError as error:
+            failures.append(name)
+            _say(f"{name}: {error}")
+    if len(failures) == len(native):
+        raise BackendError(f"nothing could be built: {'; '.join(failures) or 'no plugin has native code'}.")
+
+
+def _say(step: str) -> None:
+    click.echo(step, err=True)
 
 
 def _listing(kind: str | None, as_json: bool) -> None:

@@ -33,30 +33,39 @@ def symmetric_zero(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def store_scale(scale: Tensor, dtype: torch.dtype, check: bool = True) -> Tensor:
     """Round a float32 scale to what `dtype` stores, still float32; never to zero.
 
-    Raises ModelError when the scale is not finite in `dtype` (weights beyond its range).
+    Raises ModelError when the scale is not finite in `dtype` (weights beyond its range). Looking makes the host wait for
+    a GPU: who finds many grids passes check=False and calls `check_scales` on all of them.
     """
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest number above zero
     safe = torch.where(scale.abs() < tiny, torch.where(scale < 0, -tiny, tiny).to(scale.dtype), scale)
     stored = safe.to(dtype).to(scale.dtype)
-    if not bool(torch.isfinite(stored).all()):
-        raise ModelError(f"the weights need a scale of {float(scale.abs().max()):.3g}, more than {dtype} holds.")
+    if check:
+        check_scales(stored, dtype)
     return stored
 
 
-def minmax_grid(w: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+def check_scales(scales: Tensor, dtype: torch.dtype = torch.float16) -> None:
+    """Raise ModelError when scales rounded to `dtype` are not all finite."""
+    if not bool(torch.isfinite(scales).all()):
+        raise ModelError(f"the weights need a scale of more than {dtype} holds ({torch.finfo(dtype).max:g}).")
+
+
+def minmax_grid(
+    w: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype = torch.float16, check: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return (scale, zero), float32 [...], for groups w [..., g]: the smallest grid that covers the group and 0."""
     maxq = 2**bits - 1
     low = w.amin(-1).clamp(max=0)
     high = w.amax(-1).clamp(min=0)
     if sym:
         scale = torch.maximum(-low, high) * (2 / maxq)
-        scale = store_scale(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype)
+        scale = store_scale(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype, check)
         return scale, torch.full_like(scale, symmetric_zero(bits))
     scale = (high - low) / maxq
-    scale = store_scale(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype)
+    scale = store_scale(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype, check)
     return scale, torch.round(-low / scale).clamp(1, maxq)
 
 
@@ -70,6 +79,7 @@ def search_grid(
     low: float = 0.5,
     high: float = 1.1,
     refine: int = 2,
+    check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return (scale, zero), float32 [rows], of the least sum(importance * (w - grid(w))**2) over each group.
 
@@ -125,8 +135,8 @@ def search_grid(
         offer(around + step, at)
     codes = quantize(v, scale[:, None], zero[:, None], bits)
     offer(*((scale, zero) if sym else _fit_line(v, codes, weights, scale, zero, maxq)))
-    scale = store_scale(full * scale, scale_dtype)
-    covering, covering_zero = minmax_grid(w, bits, sym, scale_dtype)
+    scale = store_scale(full * scale, scale_dtype, check)
+    covering, covering_zero = minmax_grid(w, bits, sym, scale_dtype, check)
     worse = grid_loss(w, scale, zero, bits, weights) > grid_loss(w, covering, covering_zero, bits, weights)
     return torch.where(worse, covering, scale), torch.where(worse, covering_zero, zero)
 

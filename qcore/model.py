@@ -125,9 +125,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
 def _transformers_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except (
-        Exception
-    ) as error:  # a damaged config makes transformers stumble anywhere: ZeroDivisionError, its own kinds, …
+    except Exception as error:  # a damaged config makes transformers stumble anywhere, with errors of any kind
         raise ModelError(f"transformers cannot open {what}: {str(error).strip() or type(error).__name__}") from error
 
 

@@ -8,17 +8,34 @@ passes, devices, files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
+from qcore import (
+    Algorithm,
+    BlockContext,
+    ConfigError,
+    ModelError,
+    Options,
+    QuantConfig,
+    QuantizedWeight,
+    grid,
+    hookimpl,
+)
 
-from .rtn import find_grid, group_grids, round_to_nearest
+from .. import cpu_library
+from . import gptq_native
+from .rtn import find_grid, round_to_nearest
+
+#: Hessians gathered in one replay; a layer of many experts takes several
+HESSIAN_BYTES = 4 * 10**9
 
 # ---- the Hessian -----------------------------------------------------------------------------------------------------
 
@@ -47,55 +64,72 @@ class Hessian:
         self.tokens += X.shape[0]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return H = X'X / tokens and C = X_float'X / tokens (or None)."""
-        upper = self.sum.triu()
-        H = (upper + upper.triu(1).t()) / max(1, self.tokens)
-        return H, None if self.cross is None else self.cross / max(1, self.tokens)
+        """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums."""
+        H, C, tokens = self.sum, self.cross, max(1, self.tokens)
+        for start in range(0, len(H), self.PANEL):
+            stop = min(start + self.PANEL, len(H))
+            H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
+            H[stop:, start:stop] = H[start:stop, stop:].t()
+        return H.div_(tokens), None if C is None else C.div_(tokens)
 
 
-def dampen(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
-    """Return H + damp_percent * mean(diag H) * I + shrink * diag(H).
+def dampen_(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
+    """Add damp_percent * mean(diag H) * I + shrink * diag(H) to H, in place.
 
     The first term is the paper's and keeps weak directions from being trusted. The second takes every correlation down by
     1 / (1 + shrink), those of strong columns too, on which the first has no effect: it is what helps on text
     unlike the calibration's. A column that never fired ends up alone on the diagonal: its weights are kept and rounded plainly.
     """
-    damped = H.clone()
-    diagonal = damped.diagonal()
+    diagonal = H.diagonal()
     mean = diagonal.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # nothing fired at all
     diagonal.mul_(1 + shrink).add_(damp_percent * mean)
-    return damped
+    return H
 
 
-def inverse_factor(H: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, float] | None:
-    """Return (U [in, in] upper with U'U = inverse of the damped H, the damp_percent used).
+def inverse_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, float] | None:
+    """Return (U [in, in] upper with U'U = inverse of the damped H[perm][:, perm], the damp_percent used).
 
     One factorization: with rows and columns reversed, H = LL'; reversed back, L is an upper R with H = RR', and
-    U = inv(R). The damping is raised tenfold for as long as that fails; None when nothing helps.
+    U = inv(R). The damping is raised tenfold for as long as that fails; None when nothing helps. Beside H and what is
+    returned it takes no more than half as much memory again.
     """
+    backwards = perm.flip(0)
     damp = damp_percent
     while damp <= 1e4:
-        L, failed = torch.linalg.cholesky_ex(dampen(H, damp, shrink).flip(0, 1))
+        A = dampen_(H[backwards[:, None], backwards], damp, shrink)
+        _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
         if not int(failed):
-            U = invert_upper(L.flip(0, 1))
-            if bool(torch.isfinite(U).all()):
+            U = turn_(invert_lower_(A))
+            if bool(torch.isfinite(U.sum())):  # one element that is not spoils the sum
                 return U, damp
         damp *= 10
     return None
 
 
-def invert_upper(R: Tensor) -> Tensor:
-    """Return the inverse of an upper triangular R [n, n], by halves: nearly all of it is matrix products."""
-    n = len(R)
+def invert_lower_(L: Tensor) -> Tensor:
+    """Invert a lower triangular L [n, n] in place, by halves: nearly all of it is matrix products."""
+    n = len(L)
     if n <= 128:
-        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
     half = n // 2
-    inverse = torch.zeros_like(R)
-    inverse[:half, :half] = A = invert_upper(R[:half, :half])
-    inverse[half:, half:] = D = invert_upper(R[half:, half:])
-    inverse[:half, half:] = A @ R[:half, half:] @ -D
-    return inverse
+    A, B, D = invert_lower_(L[:half, :half]), L[half:, :half], invert_lower_(L[half:, half:])
+    B.copy_((D @ B).neg_() @ A)
+    return L
+
+
+def turn_(A: Tensor, panel: int = 256) -> Tensor:
+    """Reverse the order of rows and of columns [n, n], in place."""
+    n = len(A)
+    for start in range(0, n // 2, panel):
+        stop = min(start + panel, n // 2)
+        above, below = A[start:stop], A[n - stop : n - start]
+        kept = above.flip(0, 1)
+        above.copy_(below.flip(0, 1))
+        below.copy_(kept)
+    if n % 2:
+        A[n // 2] = A[n // 2].flip(0)
+    return A
 
 
 def float_target(W: Tensor, H: Tensor, C: Tensor, share: float, damp_percent: float) -> Tensor:
@@ -104,7 +138,7 @@ def float_target(W: Tensor, H: Tensor, C: Tensor, share: float, damp_percent: fl
     At share 1 it minimises |W X_float - Q X|^2 + damping * |W - Q|^2, GPTAQ's objective (arXiv 2504.02692) in closed
     form. Half the way is better than all of it: a full step also fits what is particular to the calibration text.
     """
-    L, failed = torch.linalg.cholesky_ex(dampen(H, damp_percent, 0.0))
+    L, failed = torch.linalg.cholesky_ex(dampen_(H.clone(), damp_percent, 0.0))
     if int(failed):
         return W  # no correction is always a valid target
     return W + share * torch.cholesky_solve((W @ (C - H)).t(), L).t()
@@ -138,7 +172,7 @@ def column_order(diagonal: Tensor, size: int, order: str) -> Tensor:
 
 @dataclass
 class Solution:
-    """codes, scales and zeros in float32, [out, in] and [out, groups], columns where they were; g_idx int32 [in]."""
+    """codes uint8 [out, in] and float scales, zeros [out, groups], columns where they were; g_idx int32 [in]."""
 
     codes: Tensor
     scales: Tensor
@@ -147,18 +181,24 @@ class Solution:
     damp_percent: float
 
 
-def solve(W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params) -> Solution | None:
+#: A solver's inner loop: `quantize_columns` below is the reference for what each of them does.
+Columns = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, QuantConfig, str], None]
+
+
+def solve(
+    W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params, quantize: Columns | None = None
+) -> Solution | None:
     """Quantize W [out, in] float32 so that tr((W - Q) H (W - Q)') is small; None when H cannot be factorized.
 
     Group grids are found from the live weights, as compensated so far, when a group's first column comes up; with
     static_groups beforehand, from W itself. The grid search weighs a column by 1/U_jj^2: what an error there costs after
     the later columns have made up for it.
     """
+    quantize = quantize or quantize_columns
     rows, columns = W.shape
     size = columns if config.group_size == -1 else config.group_size
-    order = "act" if params.desc_act else params.order
-    perm = column_order(H.diagonal(), size, order)
-    factor = inverse_factor(H[perm][:, perm], params.damp_percent, params.shrink)
+    perm = column_order(H.diagonal(), size, "act" if params.desc_act else params.order)
+    factor = inverse_factor(H, perm, params.damp_percent, params.shrink)
     if factor is None:
         return None
     U, damp_percent = factor
@@ -167,34 +207,70 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params) -> Sol
     visited = plain if params.desc_act and not params.static_groups else plain[perm]  # group of the i-th column
     importance = U.diagonal().square().reciprocal()  # [in], in the order of visit
     groups = grid.num_groups(columns, config.group_size)
-    scales = torch.ones(groups, rows, device=W.device)  # groups and columns come first here: rows are contiguous
-    zeros = torch.ones(groups, rows, device=W.device)
+    scales = W.new_ones(groups, rows)  # groups and columns come first here: rows are contiguous
+    zeros = W.new_ones(groups, rows)
+    codes = W.new_empty(columns, rows, dtype=torch.uint8)
+    spans = _spans(columns, size, params.block_size)
+    Err = W.new_empty(max(stop - start for start, stop in spans), rows)
+    Wt = W.t().contiguous()  # [in, out], live: compensated as columns are done
     if params.static_groups:
-        found = group_grids(W, config, params.grid, importance[inverse])
-        scales.copy_(found[0].t())
-        zeros.copy_(found[1].t())
-
-    Wt = W.t()[perm].contiguous()  # [in, out], live: compensated as columns are done
-    codes = torch.empty_like(Wt)
-    group_of = visited.tolist()
-    for start, stop in _spans(columns, size, params.block_size):
-        Err = torch.empty_like(Wt[start:stop])
-        for first in range(start, stop, size):
-            last = min(first + size, stop)
-            if not params.static_groups and first % size == 0:
-                here = slice(first, min(first + size, columns))  # the whole group, should it reach beyond this span
-                live = Wt[here].t().contiguous()  # [out, g]
-                group = group_of[first]
-                scales[group], zeros[group] = find_grid(live, config, params.grid, importance[here])
-            grids = visited[first:last]
-            err = _solve_piece(
-                Wt[first:last], U[first:last, first:last], scales[grids], zeros[grids], config.maxq, codes[first:last]
-            )
-            Wt[last:stop].addmm_(U[first:last, last:stop].t(), err, alpha=-1)
-            Err[first - start : last - start] = err
-        Wt[stop:].addmm_(U[start:stop, stop:].t(), Err, alpha=-1)
+        quantize(
+            Wt, U[:0, :0], importance[inverse], plain, scales, zeros, codes[:0], Err[:0], size, config, params.grid
+        )
+    Wt = Wt[perm]
+    for start, stop in spans:
+        search = params.grid if start % size == 0 and not params.static_groups else "none"
+        reach = (
+            min(start + size, columns) if search != "none" and size > stop - start else stop
+        )  # the whole of a long group
+        here, err = slice(start, reach), Err[: stop - start]
+        quantize(
+            Wt[here], U[start:stop, start:stop], importance[here], visited[here], scales, zeros, codes[start:stop], err, size,
+            config, search,
+        )  # fmt: skip
+        Wt[stop:].addmm_(U[start:stop, stop:].t(), err, alpha=-1)
+    grid.check_scales(scales)
     g_idx = visited[inverse].to(torch.int32).contiguous()
     return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, damp_percent)
+
+
+def quantize_columns(
+    W: Tensor,
+    U: Tensor,
+    importance: Tensor,
+    group_of: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    codes: Tensor,
+    Err: Tensor,
+    size: int,
+    config: QuantConfig,
+    search: str,
+) -> None:
+    """Quantize the first columns of W, as many as `codes` has, and find the grids of the groups that begin there.
+
+    W: [reach, out], live, left in any state; it reaches beyond the columns to quantize where their group does. U: [columns,
+    columns], their own part of the factor. importance, group_of: [reach]. scales, zeros: [groups, out]. codes: uint8 [columns,
+    out]. Err: [columns, out], gets the scaled errors. size: columns in a group; with `search` ("minmax" or "mse", not "none") groups
+    begin at its multiples. Without columns only grids are found, those of all of W.
+    """
+    columns, reach = len(codes), len(W)
+    piece = W.new_empty(min(size, max(columns, 1)), W.shape[1])  # codes as float
+    for first in range(0, columns or reach, size):
+        last = min(first + size, columns)
+        if search != "none":
+            here = slice(first, min(first + size, reach))
+            found = find_grid(W[here].t().contiguous(), config, search, importance[here], check=False)
+            for grids, values in zip((scales, zeros), found, strict=True):
+                grids.index_copy_(0, group_of[first : first + 1].long(), values[None])
+        if first >= columns:
+            continue
+        grids = group_of[first:last].long()
+        q = piece[: last - first]
+        err = _solve_piece(W[first:last], U[first:last, first:last], scales[grids], zeros[grids], config.maxq, q)
+        W[last:columns].addmm_(U[first:last, last:].t(), err, alpha=-1)
+        Err[first:last] = err
+        codes[first:last] = q
 
 
 def _solve_piece(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, maxq: int, codes: Tensor) -> Tensor:
@@ -212,6 +288,31 @@ def _solve_piece(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, maxq: int,
         torch.addcmul(W[i], negative_scales[i], codes[i], out=Err[i])
         W[i + 1 :].addr_(D[i, i + 1 :], Err[i], alpha=-1)
     return Err.div_(U.diagonal()[:, None])
+
+
+def solver_for(wanted: str, device: torch.device) -> tuple[str, Columns]:
+    """Return the inner loop for a device and its label: the one that is wanted, for "auto" the fastest that can run.
+
+    Results of one label are the same bits on the same device; those of different labels differ where a tie falls the other
+    way. Raises ConfigError when the wanted one cannot run.
+    """
+    name = wanted if wanted != "auto" else "native" if device.type == "cpu" else "torch"
+    if name == "torch":
+        return "torch", quantize_columns
+    if name == "native" and device.type != "cpu":
+        raise ConfigError(f"gptq: solver='native' runs on the CPU, not on {device}. Use solver='auto'.")
+    reason = gptq_native.unavailable()
+    if reason is None:
+        return gptq_native.label(), gptq_native.quantize_columns
+    if wanted == name:
+        raise ConfigError(f"gptq: solver={wanted!r} cannot run here: {reason}.")
+    _say_once(f"gptq: {reason}. Until then torch solves, several times slower.")
+    return "torch", quantize_columns
+
+
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger("qcore").warning(message)
 
 
 def _spans(columns: int, size: int, block_size: int) -> list[tuple[int, int]]:
@@ -256,6 +357,8 @@ class Gptq(Algorithm):
             and costs about twice the time and memory.
         grid: "mse", a scale search weighted by what errors cost, or "minmax".
         block_size: columns between two updates of the columns behind them.
+        solver: what runs the loop over columns: "auto", the fastest that can; "native", compiled for the CPU; or "torch", the
+            reference of the others.
         """
 
         desc_act: bool = False
@@ -267,6 +370,7 @@ class Gptq(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         grid: Literal["minmax", "mse"] = "mse"
         block_size: int = Field(128, ge=1)
+        solver: Literal["auto", "native", "torch"] = "auto"
 
     params: Params
     name = "gptq"
@@ -277,11 +381,19 @@ class Gptq(Algorithm):
         """Only to aim at the float model's outputs."""
         return self.params.float_targets > 0
 
+    def facts(self, device: torch.device) -> dict[str, Any]:
+        """Which solver runs: where ties fall differs between them."""
+        return {"solver_used": solver_for(self.params.solver, device)[0]}
+
+    @classmethod
+    def build(cls, report: Callable[[str], None]) -> str:
+        """Compile the CPU's solver."""
+        return str(cpu_library.build(report))
+
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Quantize the groups of linears that share an input, in the order they run."""
         results: dict[str, QuantizedWeight] = {}
-        rounds = [[group] for group in block.groups] if self.params.true_sequential else [list(block.groups)]
-        for groups in rounds:
+        for groups in self._rounds(block):
             hessians = self._hessians(block, [group[0] for group in groups])
             found: dict[str, QuantizedWeight] = {}
             for group in groups:
@@ -290,6 +402,20 @@ class Gptq(Algorithm):
                 block.replace(name, weight)
             results |= found
         return results
+
+    def _rounds(self, block: BlockContext) -> Iterator[list[tuple[str, ...]]]:
+        """Yield the groups to observe in one replay: those that run side by side, or all of them, as memory allows."""
+        for stage in block.stages if self.params.true_sequential else [block.groups]:
+            groups: list[tuple[str, ...]] = []
+            size = 0
+            for group in stage:
+                hessian = 4 * block.linears[group[0]].weight.shape[1] ** 2
+                if groups and size + hessian > HESSIAN_BYTES:
+                    yield groups
+                    groups, size = [], 0
+                groups.append(group)
+                size += hessian
+            yield groups
 
     def _hessians(self, block: BlockContext, names: Sequence[str]) -> dict[str, Hessian]:
         """Return H of each named linear that saw any token, from one replay."""
@@ -317,7 +443,8 @@ class Gptq(Algorithm):
             names = [name for name in group if block.linears[name].config == config]
             W = torch.cat([block.linears[name].weight.float() for name in names])
             target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
-            solution = solve(target, H, config, self.params)
+            _, quantize = solver_for(self.params.solver, target.device)
+            solution = solve(target, H, config, self.params, quantize)
             if solution is None:
                 results |= {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
                 continue
@@ -327,7 +454,7 @@ class Gptq(Algorithm):
                 rows = slice(start, start + len(linear.weight))
                 start = rows.stop
                 results[name] = QuantizedWeight(
-                    codes=solution.codes[rows].to(torch.uint8).contiguous(),
+                    codes=solution.codes[rows].contiguous(),
                     scales=solution.scales[rows].to(torch.float16).contiguous(),
                     zeros=solution.zeros[rows].to(torch.int32).contiguous(),
                     g_idx=solution.g_idx,

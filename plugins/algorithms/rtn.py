@@ -14,11 +14,16 @@ from torch import Tensor
 from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
 
 
-def find_grid(w: Tensor, config: QuantConfig, method: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero) [out] of a group w [out, g]; importance [g]: the weight of each column's error in the search."""
+def find_grid(
+    w: Tensor, config: QuantConfig, method: str, importance: Tensor | None, check: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero) [out] of a group w [out, g]; importance [g]: the weight of each column's error in the search.
+
+    Without `check` it is the caller who looks whether scales are finite.
+    """
     if method == "minmax":
-        return grid.minmax_grid(w, config.bits, config.sym)
-    return grid.search_grid(w, config.bits, config.sym, importance)
+        return grid.minmax_grid(w, config.bits, config.sym, check=check)
+    return grid.search_grid(w, config.bits, config.sym, importance, check=check)
 
 
 def group_grids(
@@ -31,8 +36,11 @@ def group_grids(
     columns = W.shape[1]
     size = columns if config.group_size == -1 else config.group_size
     groups = [slice(start, start + size) for start in range(0, columns, size)]
-    found = [find_grid(W[:, g], config, method, None if importance is None else importance[g]) for g in groups]
+    found = [
+        find_grid(W[:, g], config, method, None if importance is None else importance[g], check=False) for g in groups
+    ]
     scales, zeros = (torch.stack(each, 1) for each in zip(*found, strict=True))
+    grid.check_scales(scales)
     return scales, zeros, grid.group_index(columns, config.group_size, W.device)
 
 
@@ -50,11 +58,11 @@ class Rtn(Algorithm):
     """Round to nearest."""
 
     class Params(Options):
-        """grid: "minmax" covers every weight; "mse" searches the scale with the least square error.
+        """grid: "mse" searches the scale with the least square error; "minmax" covers every weight.
         activation_weighting: weigh the search by calibration inputs (needs calibration, only with "mse").
         """
 
-        grid: Literal["minmax", "mse"] = "minmax"
+        grid: Literal["minmax", "mse"] = "mse"
         activation_weighting: bool = False
 
     params: Params

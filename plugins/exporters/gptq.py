@@ -121,6 +121,14 @@ class Gptq(TensorExporter):
         if not isinstance(found, dict):
             raise CheckpointError(f"{folder.path}: quantization_config is no object.")
         quantization = {SYNONYMS.get(key, key): value for key, value in found.items()}
+        if (folder.path / SIDE_FILE).is_file():
+            beside = {SYNONYMS.get(key, key): value for key, value in read_json(folder.path / SIDE_FILE).items()}
+            for field in QuantConfig.FIELDS:
+                if field in beside and field in quantization and beside[field] != quantization[field]:
+                    raise CheckpointError(
+                        f"{folder.path}: {field} is {quantization[field]!r} in config.json and {beside[field]!r} in {SIDE_FILE}; "
+                        "one of them is wrong. Mend or remove it."
+                    )
         missing = [key for key in ("bits", "group_size") if key not in quantization]
         if missing:
             raise CheckpointError(f"{folder.path}: quantization_config has no {' and no '.join(missing)}.")

@@ -16,7 +16,10 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcore_plugins.backends import cuda, native
+from qcore_plugins.backends import cuda
+from qcore_plugins.backends import cuda_library as native
+from qcore_plugins.backends.cuda_library import CUDA
+from qcore_plugins.native import Native, cache_folder
 
 from qcore import BackendError, ConfigError, MatmulSpec, QuantConfig, QuantizedWeight, cli, grid
 from qcore.plugins import installed
@@ -109,18 +112,18 @@ def test_an_unbuilt_library_says_how_to_build_it(on_a_gpu):
 
 
 def test_a_library_for_other_gpus_is_not_taken(on_a_gpu):
-    folder = native.cache_folder() / f"{native.ABI}-{native.source_hash()}-80+86"
+    folder = CUDA.cached("80+86").parent
     folder.mkdir(parents=True)
-    (folder / native.LIBRARY).write_bytes(b"")
+    (folder / CUDA.file).write_bytes(b"")
     reason = cuda.CudaBackend().unavailable()
     assert "built for 80+86, not for sm_90a" in reason
-    assert native.find([(8, 9)]) == folder / native.LIBRARY
+    assert native.find([(8, 9)]) == folder / CUDA.file
 
 
 def test_a_library_of_other_sources_is_not_taken(on_a_gpu):
-    folder = native.cache_folder() / f"{native.ABI}-{'0' * 16}-90a"
+    folder = CUDA.cached("90a").parent.with_name(f"cuda-{CUDA.abi}-{'0' * 16}-90a")
     folder.mkdir(parents=True)
-    (folder / native.LIBRARY).write_bytes(b"")
+    (folder / CUDA.file).write_bytes(b"")
     assert "not built" in cuda.CudaBackend().unavailable()
 
 
@@ -141,7 +144,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", Old)
     with pytest.raises(BackendError, match=r"version 7 of the kernels' interface, expected 1"):
-        native.open_library(native.SOURCES / native.LIBRARY)
+        CUDA.open(CUDA.sources / CUDA.file)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +189,8 @@ def test_a_weight_that_the_kernels_would_get_wrong_is_refused(part, value, messa
 
 
 def declarations():
-    """name -> parameters in the notation of native.FUNCTIONS, from the header."""
-    text = re.sub(r"/\*.*?\*/", "", (native.SOURCES / "qcore_cuda.h").read_text(), flags=re.DOTALL)
+    """name -> parameters in the notation of CUDA.functions, from the header."""
+    text = re.sub(r"/\*.*?\*/", "", (CUDA.sources / "qcore_cuda.h").read_text(), flags=re.DOTALL)
     found = {}
     for name, parameters in re.findall(r"(qc_\w+)\(([^)]*)\);", text):
         words = []
@@ -200,9 +203,9 @@ def declarations():
 
 def test_the_functions_are_those_of_the_header():
     declared = declarations()
-    assert {name: declared[name] for name in native.FUNCTIONS} == {n: p for n, (_, p) in native.FUNCTIONS.items()}
-    header = (native.SOURCES / "qcore_cuda.h").read_text()
-    assert f"#define QC_CUDA_ABI {native.ABI}\n" in header
+    assert {name: declared[name] for name in CUDA.functions} == {n: p for n, (_, p) in CUDA.functions.items()}
+    header = (CUDA.sources / "qcore_cuda.h").read_text()
+    assert f"#define QC_CUDA_ABI {CUDA.abi}\n" in header
     assert f"QC_BAD_VARIANT = {native.BAD_VARIANT}," in header
     assert f"QC_AUTO = {cuda.AUTO}," in header
     assert f"QC_WGMMA = {cuda.WGMMA} " in header
@@ -275,7 +278,7 @@ class Imitation:
         self.hopper, self.codes, self.meta, self.calls = hopper, {}, {}, []
 
     def __call__(self, function, *arguments, accept=0):
-        names = [name.rstrip("#*") for name in native.FUNCTIONS[function][1].split()]
+        names = [name.rstrip("#*") for name in CUDA.functions[function][1].split()]
         status = getattr(self, function)(**dict(zip(names, arguments, strict=True))) or 0
         self.calls.append((function, dict(zip(names, arguments, strict=True))))
         assert status in (0, accept)
@@ -408,15 +411,15 @@ def fake_nvcc(tmp_path, monkeypatch):
 
 def test_every_source_is_compiled_then_linked_and_kept(on_a_gpu, fake_nvcc, monkeypatch):
     calls, said = fake_nvcc(), []
-    monkeypatch.setattr(native, "open_library", lambda path: None)
+    monkeypatch.setattr(Native, "open", lambda self, path: None)
     path = native.build(said.append)
-    sources = sorted(native.SOURCES.glob("*.cu"))
+    sources = sorted(CUDA.sources.glob("*.cu"))
     assert path.read_text() == "built\n"
     assert len(calls()) == len(sources) + 1
     assert len(said) == len(sources)
     assert all("-DQC_SM90A" in line and "code=sm_90a" in line for line in calls()[:-1])
     assert "-shared" in calls()[-1]
-    assert [each.name for each in path.parent.iterdir()] == [native.LIBRARY]
+    assert [each.name for each in path.parent.iterdir()] == [CUDA.file]
     assert native.find([(9, 0)]) == path
     assert native.build(said.append) == path
     assert len(calls()) == len(sources) + 1, "built a second time"
@@ -424,7 +427,7 @@ def test_every_source_is_compiled_then_linked_and_kept(on_a_gpu, fake_nvcc, monk
 
 def test_the_architectures_can_be_named(on_a_gpu, fake_nvcc, monkeypatch):
     calls = fake_nvcc()
-    monkeypatch.setattr(native, "open_library", lambda path: None)
+    monkeypatch.setattr(Native, "open", lambda self, path: None)
     monkeypatch.setenv("QCORE_CUDA_ARCH", "sm_86, 80")
     assert native.build(print).parent.name.endswith("-80+86")
     assert all("QC_SM90A" not in line and "code=sm_80" in line and "code=sm_86" in line for line in calls())
@@ -450,7 +453,7 @@ def test_a_failed_build_shows_what_nvcc_said_and_leaves_nothing(on_a_gpu, fake_n
     fake_nvcc("echo 'decode.cuh(7): error: no such thing' >&2; exit 2")
     with pytest.raises(BackendError, match="no such thing"):
         native.build(print)
-    assert not [path for path in native.cache_folder().rglob("*") if path.is_file()]
+    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
     assert "not built" in cuda.CudaBackend().unavailable()
 
 
@@ -458,9 +461,11 @@ def test_the_command_builds_what_has_native_code(on_a_gpu, fake_nvcc, monkeypatc
     from qcore import plugins
 
     offered = {"cuda": cuda.CudaBackend(), "torch_reference": installed().get("backend", "torch_reference")}
-    known = types.SimpleNamespace(usable=lambda kind: offered, get=lambda kind, name: offered[name])
+    known = types.SimpleNamespace(
+        usable=lambda kind: offered if kind == "backend" else {}, get=lambda kind, name: offered[name]
+    )
     monkeypatch.setattr(plugins, "installed", lambda: known)
-    monkeypatch.setattr(native, "open_library", lambda path: None)
+    monkeypatch.setattr(Native, "open", lambda self, path: None)
     fake_nvcc()
     done = CliRunner().invoke(cli.cli, ["build-kernels"])
     assert done.exit_code == 0

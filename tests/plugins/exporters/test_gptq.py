@@ -200,6 +200,14 @@ def test_a_folder_of_old_autogptq_is_read_from_its_side_file(llama_folder, tmp_p
     assert qcore.load(folder).model.layers[0].mlp.up_proj.config == QuantConfig(bits=4, group_size=32)
 
 
+def test_two_configs_that_contradict_each_other_are_refused(tmp_path):
+    folder = save(V1, {LAYER: plain_weight(4)}, tmp_path / "out")
+    side = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(side | {"bits": 8}))
+    with pytest.raises(CheckpointError, match=r"bits is 4 in config\.json and 8 in quantize_config\.json"):
+        V1.open(folder)
+
+
 def test_a_folder_without_g_idx_has_groups_in_sequence(tmp_path):
     weight = plain_weight(4)
     folder = rewrite(save(V1, {LAYER: weight}, tmp_path / "out"), tensors=lambda t: t.pop(f"{LAYER}.g_idx"))

@@ -1,0 +1,58 @@
+/*
+ * qcore's native code for CPUs: a plain C interface. No torch, Python or C++ headers.
+ *
+ * Every function returns a status: QC_OK, or what was wrong. Nothing is kept between calls; calls from several threads at
+ * once are independent. The same input gives the same bits whatever the number of threads and whatever the instruction
+ * set: every row of a weight is computed by the same sequence of IEEE operations, and vectors only put rows side by side.
+ */
+#ifndef QCORE_CPU_H
+#define QCORE_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QC_CPU_ABI 1
+
+enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, QC_BAD_LEVEL = 4 };
+
+enum { QC_SEARCH_NONE = 0, QC_SEARCH_MINMAX = 1, QC_SEARCH_MSE = 2 }; /* where a group's grid comes from */
+
+enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX512 = 3 }; /* instruction sets */
+
+int qc_abi_version(void);
+const char *qc_source(void); /* the hash of the sources, as given to the compiler (QC_SOURCE) */
+const char *qc_error_string(int status);
+int qc_cpu_level(void); /* the best instruction set of this machine */
+
+/*
+ * Quantize a block of columns of W by GPTQ, and find the grids of the groups that begin in it.
+ *
+ * Matrices are stored by columns of the weight: rows of the weight lie side by side, `ld…` floats (or bytes) apart from one
+ * column to the next.
+ *
+ * W           float  [extent][ldw]       the live weights; read only
+ * U           float  [columns][ldu]      the block's own part of the upper factor of the inverse Hessian
+ * importance  float  [extent]            the weight of each column's error in the search
+ * group_of    int32  [extent]            the group of each column
+ * scales      float  [groups][ldg]       written for the groups that begin here when search is not QC_SEARCH_NONE,
+ * zeros       float  [groups][ldg]         otherwise read
+ * codes       uint8  [columns][ldc]      written
+ * Err         float  [columns][lde]      written: (w - grid(w)) / U_ii, what later columns have to make up for
+ *
+ * Columns before `columns` are quantized; those up to `extent` are there because a group may reach beyond the block. Groups
+ * begin at every multiple of group_size, counted from the block's first column. With columns = 0 only grids are found,
+ * those of all groups up to `extent`, and U, codes and Err may be null. Otherwise only a lone group reaches beyond the block.
+ */
+int qc_gptq_block(int bits, int sym, int search, int64_t rows, int64_t columns, int64_t extent, int64_t group_size,
+                  int64_t groups, const float *W, int64_t ldw, const float *U, int64_t ldu, const float *importance,
+                  const int32_t *group_of, float *scales, float *zeros, int64_t ldg, uint8_t *codes, int64_t ldc,
+                  float *Err, int64_t lde, int threads, int level);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
