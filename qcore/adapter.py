@@ -6,7 +6,7 @@ A declaration, not a class to inherit from. `discover` makes one by looking at a
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -117,27 +117,34 @@ def linears_in(block: nn.Module) -> list[str]:
 
 
 def find_block_list(model: nn.Module) -> str:
-    """Return the dotted name of the model's decoder blocks: the longest ModuleList of alike modules with linears.
+    """Return the dotted name of the model's decoder blocks: the ModuleList with the most weights in linears.
+
+    All of its modules must hold linears. A model of several towers (vision, text) is searched in its text decoder.
 
     Raises ModelError, saying what was looked for.
     """
     from torch import nn
 
     best: tuple[int, str] | None = None
+    decoder = text_decoder(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or not f"{name}.".startswith(decoder):
             continue
-        kinds = Counter(type(block) for block in module)
-        alike = kinds.most_common(1)[0][1] == len(module)
-        weight = sum(linear_size(sub) for block in module for sub in block.modules() if is_linear(sub))
-        if alike and weight and (best is None or weight > best[0]):
-            best = (weight, name)
+        sizes = [sum(linear_size(sub) for sub in block.modules() if is_linear(sub)) for block in module]
+        if all(sizes) and (best is None or sum(sizes) > best[0]):
+            best = (sum(sizes), name)
     if best is None:
         raise ModelError(
-            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList of modules of one class "
-            "that hold nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
+            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList all of whose modules hold "
+            "nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
         )
     return best[1]
+
+
+def text_decoder(model: nn.Module) -> str:
+    """The prefix of the names inside a model's text decoder, as the model itself tells it; empty for all of it."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def linear_size(module: nn.Module) -> int:
@@ -146,19 +153,58 @@ def linear_size(module: nn.Module) -> int:
     return int(weight.numel())
 
 
-def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[str]]]) -> ModelAdapter:
+def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[Sequence[str]]]]) -> ModelAdapter:
     """Make an adapter for a model nobody declared.
 
-    order_of_use: runs one forward pass and returns, for the block list of the given name, the groups of linears
-    that received the very same input, in the order they ran (blocks.py watches it).
+    order_of_use: runs one forward pass and returns, for each kind of block in the list of the given name, the groups of
+    linears that received the very same input, in the order they ran (blocks.py watches it).
     """
     blocks = find_block_list(model)
-    groups = tuple(tuple(group) for group in order_of_use(blocks))
-    shared = sum(len(group) for group in groups)
+    groups = _merge(
+        [[tuple(dict.fromkeys(map(_any_expert, group))) for group in kind] for kind in order_of_use(blocks)]
+    )
+    inside = [linears_in(block) for block in model.get_submodule(blocks).children()]
+    routers = tuple(dict.fromkeys(name for present in inside for name in present if _is_router(name, present)))
+    kept = [tuple(name for name in group if name not in routers) for group in groups]
+    shared = sum(len(group) for group in kept)
+    inputs = sum(1 for group in kept if group)
     return ModelAdapter(
         name="generic",
         model_types=(),
         blocks=blocks,
-        linear_groups=groups,
-        notes=(f"took {blocks!r} for the decoder blocks", f"saw {shared} linears with {len(groups)} distinct inputs"),
+        linear_groups=tuple(group for group in kept if group),
+        keep_float=routers,
+        notes=(
+            f"took {blocks!r} for the decoder blocks",
+            f"saw {shared} linears with {inputs} distinct inputs",
+            *([f"took {name_list(routers)} for routers, which stay in float"] if routers else []),
+        ),
     )
+
+
+def _merge(kinds: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Make one list of groups that is right for every kind of block: names share a group where no kind shows otherwise."""
+    merged: list[tuple[str, ...]] = []
+    for group in (group for kind in kinds for group in kind):
+        covered = {name for known in merged for name in known}
+        merged.append(tuple(name for name in group if name not in covered))
+    for kind in kinds:
+        number = {name: index for index, group in enumerate(kind) for name in reversed(group)}
+        split = [{number.get(name): None for name in group} for group in merged]
+        merged = [
+            tuple(name for name in group if number.get(name) == wanted)
+            for group, inputs in zip(merged, split, strict=True)
+            for wanted in inputs
+        ]
+    return merged
+
+
+def _any_expert(name: str) -> str:
+    """Put `*` for the number of an expert: mlp.experts.3.up_proj -> mlp.experts.*.up_proj."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name)
+
+
+def _is_router(name: str, present: Sequence[str]) -> bool:
+    """Whether a linear stands right beside experts: what routes to them or weighs a shared one."""
+    parent = name.rpartition(".")[0]
+    return any(other.startswith(f"{parent}.experts.".lstrip(".")) for other in present) and ".experts." not in name

@@ -54,6 +54,7 @@ class BlockContext(Protocol):
     seed: int
     linears: Mapping[str, Linear]  # by full name, in order of use
     groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
+    stages: Sequence[Sequence[tuple[str, ...]]]  # the same, those that run side by side (experts) in one
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.

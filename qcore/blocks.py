@@ -7,6 +7,7 @@ that algorithms see.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from .adapter import is_linear, linears_in
 from .algorithm import Linear
 from .config import QuantConfig
 from .errors import ModelError, RunError
+from .experts import Experts
 from .linear import set_weight, weight_of
 from .weight import QuantizedWeight
 
 #: outputs of finished parts of one block kept between replays, so that they are not computed again
 MEMO_BYTES = 2 * 10**9
+#: an expert that gets fewer tokens than this share of its columns is calibrated on all tokens
+FEW_TOKENS = 0.25
 
 
 @dataclass
@@ -171,6 +175,7 @@ class Block:
     seed: int
     linears: Mapping[str, Linear]
     groups: Sequence[tuple[str, ...]]
+    stages: Sequence[Sequence[tuple[str, ...]]]
     stream: Stream | None
     float_inputs: Stream | None
     kwargs: list[dict[str, Any]]
@@ -179,6 +184,55 @@ class Block:
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+
+    @torch.no_grad()
+    def widen_starved(self) -> None:
+        """Let experts that too few calibration tokens are routed to be calibrated on all tokens, and record which.
+
+        Too few is less than FEW_TOKENS times the columns of their linears: most directions would go unseen.
+        """
+        for name, module in self.module.named_modules():
+            if isinstance(module, Experts) and self.stream is not None:
+                counts, total = self._routed(module)
+                for index in range(len(counts)):
+                    prefix = f"{self.name}.{name}.{index}."
+                    mine = [linear for linear in self.linears if linear.startswith(prefix)]
+                    columns = max((self.linears[linear].weight.shape[1] for linear in mine), default=0)
+                    if counts[index] < FEW_TOKENS * columns:
+                        module.widened.add(index)
+                        for linear in mine:
+                            self.record(
+                                linear, note=f"{counts[index]} of {total} tokens routed here: calibrated on all"
+                            )
+
+    def _routed(self, experts: Experts) -> tuple[list[int], int]:
+        """How many calibration tokens each expert gets, and how many there are."""
+        counts, total = [0] * len(experts), 0
+        for hidden, kwargs, mask in self.batches():
+
+            def note(_: nn.Module, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
+                nonlocal total
+                chosen = _tokens(args[1], mask)  # [tokens, k]
+                total += len(chosen)
+                for index in range(len(counts)):
+                    counts[index] += int((chosen == index).sum())
+                raise _Enough
+
+            hook = experts.register_forward_pre_hook(note)
+            try:
+                self.forward(hidden, kwargs)
+            except _Enough:
+                pass
+            finally:
+                hook.remove()
+        return counts, total
+
+    def narrow(self) -> None:
+        """Undo `widen_starved`."""
+        for module in self.module.modules():
+            if isinstance(module, Experts) and module.widened:
+                module.widened.clear()
+                self._memo.clear()  # it holds outputs for all tokens
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
@@ -384,7 +438,7 @@ def make_block(
     index: int,
     name: str,
     module: nn.Module,
-    groups: Sequence[tuple[str, ...]],
+    stages: Sequence[Sequence[tuple[str, ...]]],
     plan: Mapping[str, QuantConfig | None],
     dtype_of: Callable[[str], torch.dtype],
     captured: Captured | None,
@@ -394,7 +448,7 @@ def make_block(
 ) -> Block:
     """Set up a block whose weights are in memory. Linears whose plan is None stay out of `linears` and `groups`."""
     linears: dict[str, Linear] = {}
-    for group in groups:
+    for group in (group for stage in stages for group in stage):
         for short in group:
             full = f"{name}.{short}"
             config = plan[full]
@@ -403,7 +457,11 @@ def make_block(
                 bias = getattr(linear, "bias", None)
                 bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{full}.bias"))
                 linears[full] = Linear(full, weight_of(linear).detach().contiguous(), bias, config)
-    named = [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in groups]
+    named = [
+        [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in stage]
+        for stage in stages
+    ]
+    planned = [[group for group in stage if group] for stage in named]
     return Block(
         index=index,
         name=name,
@@ -411,13 +469,27 @@ def make_block(
         device=device,
         seed=seed + index,
         linears=linears,
-        groups=[group for group in named if group],
+        groups=[group for stage in planned for group in stage],
+        stages=[stage for stage in planned if stage],
         stream=captured.stream if captured else None,
         float_inputs=float_inputs,
         kwargs=captured.kwargs[index] if captured else [],
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
     )
+
+
+@contextlib.contextmanager
+def all_experts(module: nn.Module) -> Iterator[None]:
+    """Within it every expert runs, on every token."""
+    found = [experts for experts in module.modules() if isinstance(experts, Experts)]
+    for experts in found:
+        experts.widened.update(range(len(experts)))
+    try:
+        yield
+    finally:
+        for experts in found:
+            experts.widened.clear()
 
 
 @torch.no_grad()

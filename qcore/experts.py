@@ -58,6 +58,9 @@ class Experts(nn.Module):
             self.add_module(str(index), expert)
         fused._parameters.clear()
 
+    def __len__(self) -> int:
+        return len(self._modules)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts; [tokens, hidden], [tokens, k], [tokens, k]."""
         output = torch.zeros_like(hidden_states)

@@ -120,24 +120,22 @@ def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -
     """Watch one short forward pass through every kind of block the model has."""
     dtype = compute_dtype(_model_dtype(model), device)
 
-    def order_of_use(blocks_name: str) -> list[tuple[str, ...]]:
+    def order_of_use(blocks_name: str) -> list[list[tuple[str, ...]]]:
         blocks = list(model.get_submodule(blocks_name).children())
         ids = torch.arange(8).reshape(1, 8) % _vocabulary(model)
         captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
-        groups: list[tuple[str, ...]] = []
-        seen: set[tuple[str, ...]] = set()
+        kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
         for index, block in enumerate(blocks):
-            shape = tuple(name for name, _ in block.named_modules())
-            if shape in seen:
+            kind = tuple(name for name, _ in block.named_modules())
+            if kind in kinds:
                 continue
-            seen.add(shape)
             name = f"{blocks_name}.{index}"
             weights.bring(name, device, dtype)
             kwargs = walk._own(captured.kwargs[index][0], device)
-            found = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
-            groups += [group for group in found if group not in groups]
+            with walk.all_experts(block):
+                kinds[kind] = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
             weights.let_go(name)
-        return groups
+        return list(kinds.values())
 
     return discover(model, order_of_use)
 
@@ -231,10 +229,10 @@ def quantize_blocks(
     for index, (name, module) in enumerate(job.blocks):
         try:
             job.weights.bring(name, job.device, job.dtype)
-            groups = job.adapter.groups_in(module)
+            stages = job.adapter.stages_in(module)
             dtype_of = job.weights.dtype_of
             block = walk.make_block(
-                index, name, module, groups, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
+                index, name, module, stages, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
             )
             restored = journal.read_block(index) if journal else None
             if restored is not None:
@@ -271,11 +269,14 @@ def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], 
     """Let the algorithm work on one block and check that it did all of it, in the form promised."""
     started = time.perf_counter()
     try:
+        block.widen_starved()
         results = job.algorithm.quantize_block(block) if block.linears else {}
     except ModelError as error:
         if block.name in str(error):
             raise
         raise ModelError(f"block {block.name}: {error}") from error
+    finally:
+        block.narrow()
     seconds = (time.perf_counter() - started) / max(1, len(block.linears))
     if set(results) != set(block.linears):
         missing = sorted(set(block.linears) - set(results)) or sorted(set(results) - set(block.linears))

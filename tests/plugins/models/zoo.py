@@ -55,17 +55,38 @@ DENSE: dict[str, dict[str, Any]] = {
     "stablelm": {"num_key_value_heads": 4, "partial_rotary_factor": 0.25},
     "stablelm/parallel": {**GROUPED, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
 }
+EXPERTS = {
+    **GROUPED, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+SPARSE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**EXPERTS, **LATENT, "q_lora_rank": 32},
+    "deepseek_v2/lite": {**EXPERTS, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**EXPERTS, **LATENT, "q_lora_rank": 32},
+    "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 8},
+    "mixtral": EXPERTS,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [0]},
+}
 #: nobody declares these: the generic adapter serves them
 UNDECLARED: dict[str, dict[str, Any]] = {
     "cohere": GROUPED,
     "cohere2": {**GROUPED, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "glm4": {**GROUPED, "head_dim": 16},
+    "glm4_moe": {**EXPERTS, "head_dim": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
+    "granitemoe": EXPERTS,
     "nemotron": GROUPED,
+    "olmoe": EXPERTS,
     "persimmon": {},
+    "phimoe": EXPERTS,
     "starcoder2": {**GROUPED, "sliding_window": 8},
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96},
 }
-ZOO = {**DENSE, **UNDECLARED}
+ZOO = {**DENSE, **SPARSE, **UNDECLARED}
 
 
 def build(name: str, **changes: Any) -> Any:
