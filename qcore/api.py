@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from .algorithm import Algorithm
 from .calibration import Calibration, CalibrationRequest, identify, prepare
-from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, disk_errors, read_json, resolve_model
+from .checkpoint import (
+    PROVENANCE,
+    ModelFolder,
+    check_output,
+    complete_folder,
+    disk_errors,
+    folder_config,
+    read_json,
+    resolve_model,
+)
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import measure, windows_of
@@ -391,7 +400,7 @@ def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter
     Raises CheckpointError when it is not quantized, or no installed format reads it.
     """
     plugins = plugins or installed()
-    config = ModelFolder(folder).config
+    config = folder_config(folder)
     exporters: dict[str, Exporter] = plugins.usable("format")
     for exporter in exporters.values():
         if exporter.detects(folder, config):
@@ -439,7 +448,8 @@ def load(
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
-    network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder), _unknown(network, content.tensors))  # type: ignore[assignment]
+    files = content.source or ModelFolder(folder)
+    network.qcore_info = _info(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
 
 
@@ -466,11 +476,11 @@ def open_any(
         info: Info | None = getattr(model, "qcore_info", None)
         return model.eval(), info.tokenizer if info else None
     path = resolve_model(str(model), plugins)
-    folder = ModelFolder(path)
     place = pick_device(device)
-    if folder.config.get("quantization_config"):
+    if folder_config(path).get("quantization_config"):
         network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins)
     else:
+        folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
     return network, load_tokenizer(path, trust_remote_code)
 
@@ -526,7 +536,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
     """
     path = Path(folder)
     exporter, content = open_content(path, plugins)
-    files = ModelFolder(path)
+    files = content.source or ModelFolder(path)
     weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())
     floats = set(content.tensors)
     quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)

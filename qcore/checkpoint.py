@@ -118,6 +118,28 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+def folder_config(path: Path) -> dict[str, Any]:
+    """Return a model folder's config.json.
+
+    Raises ModelError when there is none, CheckpointError when it cannot be read.
+    """
+    if not path.is_dir():
+        raise ModelError(f"there is no folder {path}. Give a folder, a hub name or a model file.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    check_inside(path / "config.json", path)
+    return read_json(path / "config.json")
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of a model folder; the hub's cache, whose files are links, counts as one with its blobs."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path} is a link out of the folder, to {path.resolve()}. Copy the file if it is meant.")
+
+
 class ModelFolder:
     """A Hugging Face model folder in safetensors, read tensor by tensor.
 
@@ -126,12 +148,7 @@ class ModelFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_dir():
-            raise ModelError(f"there is no folder {path}. Give a folder, a hub name or a model file.")
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
-        self.config = read_json(path / "config.json")
+        self.path, self.config = path, folder_config(path)
         self.tensors = self._index()
 
     def _files(self) -> list[str]:
@@ -165,6 +182,7 @@ class ModelFolder:
                 raise CheckpointError(f"{self.path}: shard name {file!r} leaves the folder.")
             if not path.is_file():
                 raise CheckpointError(f"{self.path}: shard {file} named by {INDEX} is missing.")
+            check_inside(path, self.path)
             with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
                     if name in tensors:
@@ -196,9 +214,12 @@ class ModelFolder:
 
     def carried_files(self) -> dict[str, Path]:
         """Small files that belong to the model whatever its weights: tokenizer, templates, generation config, code."""
-        return {
+        found = {
             file.name: file for file in sorted(self.path.iterdir()) if file.is_file() and _CARRIED.fullmatch(file.name)
         }
+        for file in found.values():
+            check_inside(file, self.path)
+        return found
 
     def size(self) -> int:
         """Bytes of all weight files."""
@@ -318,7 +339,8 @@ def refuse(exporter: Exporter, content: Content) -> None:
         reason = exporter.why_not(layer)
         if reason:
             raise CheckpointError(f"format {exporter.name!r} cannot hold {layer.name}: {reason}.")
-    reason = exporter.why_not_together(list(content.layers.values()))
+    layers = list(content.layers.values())
+    reason = exporter.why_not_model(content.config) or exporter.why_not_together(layers)
     if reason:
         raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
 

@@ -52,6 +52,9 @@ def convert(
     source, content = open_content(resolve_model(str(model), plugins, revision), plugins)
     facts: dict[str, Any] = {"from": source.name, "model": str(model), "lossy": {}}
     content = replace(content, provenance={"qcore": __version__, **content.provenance, "converted": facts})
+    refused = exporter.why_not_model(content.config)
+    if refused:
+        raise CheckpointError(f"format {format!r} cannot hold {model}: {refused}.")
     problems = unfit(exporter, content)
     if lossy:
         content = nearest(exporter, content, problems, facts["lossy"])

@@ -72,6 +72,10 @@ class Exporter(ABC):
         """Why it cannot hold these linears in one model (one grid for all, say), or None."""
         return None
 
+    def why_not_model(self, config: Mapping[str, Any]) -> str | None:
+        """Why it cannot hold a model with this config.json, or None."""
+        return None
+
     def why_not_exact(self, weight: QuantizedWeight) -> str | None:
         """Why it cannot hold the values of a weight whose spec it can hold, or None."""
         return None

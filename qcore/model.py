@@ -384,7 +384,7 @@ def load_quantized(
     dtype: of everything that is not quantized; None keeps what is stored, float32 in place of half on a CPU.
     device_map: as in accelerate ("auto" or a mapping); it overrides `device`.
     """
-    files = ModelFolder(folder)
+    files = content.source or ModelFolder(folder)
     floats = {name: files.tensors[name] for name in content.tensors}
     stored = stored_dtype(files)
     target = dtype or compute_dtype(stored, device)

@@ -573,6 +573,8 @@ def check_format(job: Job, exporter: Exporter) -> None:
                 f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
                 f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
             )
-    reason = exporter.why_not_together(list(job.specs().values()))
+    config = getattr(job.model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
     if reason:
         raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
