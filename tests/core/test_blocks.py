@@ -29,7 +29,17 @@ def first_block(model, captured, index=0):
     module = model.blocks[index]
     groups = TinyModel.adapter.groups_in(module)
     return walk.make_block(
-        index, f"blocks.{index}", module, groups, plan, lambda name: torch.float32, captured, None, CPU, 0
+        index,
+        f"blocks.{index}",
+        module,
+        groups,
+        plan,
+        lambda name: torch.float32,
+        captured,
+        captured.kwargs[index] if captured else [],
+        None,
+        CPU,
+        0,
     )
 
 
