@@ -164,7 +164,7 @@ def quantize(
         device=place,
         dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
         seed=seed,
-        batch_size=batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
+        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
         calibration=None,
         label=label,
         blocks=chosen.find_blocks(network),

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -164,6 +165,15 @@ def _reuse(value: Any, previous: Any) -> Any:
     return value
 
 
+class Span(nn.ModuleDict):
+    """Consecutive blocks that run as one, by their names in the model's list; each has keyword arguments of its own."""
+
+    def forward(self, hidden: Tensor, **kwargs: dict[str, Any]) -> Tensor:
+        for name, block in self.items():
+            hidden = _run(block, {}, hidden, kwargs[name])
+        return hidden
+
+
 @dataclass
 class Block:
     """One decoder block under work; implements algorithm.BlockContext (see there)."""
@@ -184,6 +194,7 @@ class Block:
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+    _float_moved_on: bool = False  # float_inputs hold this block's outputs already
 
     @torch.no_grad()
     def widen_starved(self) -> None:
@@ -237,6 +248,8 @@ class Block:
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
             raise RunError("paired observation needs an algorithm with float_stream.")
+        if paired:
+            self._source(float_stream=True)
         for number, (hidden, kwargs, mask) in enumerate(self.batches()):
             seen = self._inputs(names, hidden, kwargs, mask, number)
             if not paired:
@@ -280,15 +293,44 @@ class Block:
         return next(i for i, group in enumerate(self.groups) if name in group)
 
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        for number in range(len(self._source(float_stream).hidden)):
+            yield self.batch(number, float_stream=float_stream)
+
+    def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        hidden = self._source(float_stream).hidden[number].to(self.device)
+        return hidden, _own(self.kwargs[number], self.device), self.masks[number]
+
+    def _source(self, float_stream: bool) -> Stream:
         source = self.float_inputs if float_stream else self.stream
         if source is None:
             raise RunError("this algorithm asked for calibration data it did not declare.")
-        for hidden, kwargs, mask in zip(source.hidden, self.kwargs, self.masks, strict=True):
-            yield hidden.to(self.device), _own(kwargs, self.device), mask
+        if float_stream and self._float_moved_on:
+            raise RunError("the float stream's inputs of this block are gone: float_outputs was called before.")
+        return source
 
-    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        output = self.module(hidden, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+    def float_outputs(self) -> Sequence[Tensor]:
+        if not self._float_moved_on:
+            source = self._source(float_stream=True)
+            with self.original_weights():
+                self.advance(source, original=True)
+            self._float_moved_on = True
+        assert self.float_inputs is not None
+        return self.float_inputs.hidden
+
+    def forward(
+        self,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> Tensor:
+        layouts = {}
+        for name, weight in (weights or {}).items():
+            short = name.removeprefix(f"{self.name}.")
+            layouts[f"{short}.weight"] = weight if isinstance(self._module(name), nn.Linear) else weight.t()
+        run = _compiled_run() if compiled else _run
+        return run(self.module, layouts, hidden, kwargs)
 
     def record(self, name: str, **facts: Any) -> None:
         self.records[name].update(facts)
@@ -353,6 +395,20 @@ class Block:
             for hook in hooks:
                 hook.remove()
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
+
+
+def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Call a block with some parameters replaced; knows no block by name, so that one compilation serves all."""
+    if weights:
+        output = torch.func.functional_call(module, weights, (hidden,), kwargs)
+    else:
+        output = module(hidden, **kwargs)
+    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+
+
+@cache
+def _compiled_run() -> Callable[..., Tensor]:
+    return torch.compile(_run)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -442,11 +498,15 @@ def make_block(
     plan: Mapping[str, QuantConfig | None],
     dtype_of: Callable[[str], torch.dtype],
     captured: Captured | None,
+    kwargs: list[dict[str, Any]],
     float_inputs: Stream | None,
     device: torch.device,
     seed: int,
 ) -> Block:
-    """Set up a block whose weights are in memory. Linears whose plan is None stay out of `linears` and `groups`."""
+    """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
+
+    Linears whose plan is None stay out of `linears` and `groups`.
+    """
     linears: dict[str, Linear] = {}
     for group in (group for stage in stages for group in stage):
         for short in group:
@@ -473,7 +533,7 @@ def make_block(
         stages=[stage for stage in planned if stage],
         stream=captured.stream if captured else None,
         float_inputs=float_inputs,
-        kwargs=captured.kwargs[index] if captured else [],
+        kwargs=kwargs,
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
     )

@@ -161,6 +161,7 @@ def capture_inputs(
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     device: torch.device,
     dtype: torch.dtype,
+    keep_on_host: bool = False,
 ) -> walk.Captured:
     """Bring in what stands before the blocks, record the blocks' inputs, and let go again."""
     brought: list[str] = []
@@ -169,7 +170,7 @@ def capture_inputs(
             if _has_module(model, name):
                 brought.append(name)
                 weights.bring(name, device, dtype)
-        keep_on = _activation_device(model, batches, device, dtype)
+        keep_on = torch.device("cpu") if keep_on_host else _activation_device(model, batches, device, dtype)
         return walk.capture(model, blocks, batches, device, keep_on)
     finally:
         for name in brought:
@@ -222,40 +223,64 @@ def quantize_blocks(
         batches = job.calibration.batches(job.batch_size)
         adapter = job.adapter
         captured = capture_inputs(
-            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype
-        )
+            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype,
+            job.algorithm.keep_on_host,
+        )  # fmt: skip
         if job.algorithm.float_stream:
             float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
-    for index, (name, module) in enumerate(job.blocks):
+    at_once = job.algorithm.blocks_at_once
+    for first in range(0, len(job.blocks), at_once):
+        indices = list(range(first, min(first + at_once, len(job.blocks))))
         try:
-            job.weights.bring(name, job.device, job.dtype)
-            stages = job.adapter.stages_in(module)
-            dtype_of = job.weights.dtype_of
-            block = walk.make_block(
-                index, name, module, stages, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
-            )
-            restored = journal.read_block(index) if journal else None
-            if restored is not None:
-                results, records = restored
-            else:
-                results, records = _quantize(job, block)
-                if journal:
-                    journal.write_block(index, results, records)
-                finished(index, records)
-            if captured is not None and index + 1 < len(job.blocks):
+            for index in indices:
+                job.weights.bring(job.blocks[index][0], job.device, job.dtype)
+            block = _block_at(job, indices, captured, float_inputs)
+            restored = [journal.read_block(index) if journal else None for index in indices]
+            done = [each for each in restored if each is not None]
+            if len(done) < len(indices):
+                done = _quantize(job, block, indices)
+                for index, (results, records) in zip(indices, done, strict=True):
+                    if journal:
+                        journal.write_block(index, results, records)
+                    finished(index, records)
+            if captured is not None and indices[-1] + 1 < len(job.blocks):
                 if float_inputs is not None:
-                    with block.original_weights():
-                        block.advance(float_inputs, original=True)
-                for linear, weight in results.items():
+                    block.float_outputs()
+                for linear, weight in (pair for results, _ in done for pair in results.items()):
                     if not block.acts_as(linear, weight):
                         block.replace(linear, weight)
                 block.advance(captured.stream)
         finally:  # also of an interrupted run: a model in memory gets its own weights back
-            job.weights.let_go(name)
+            for index in indices:
+                job.weights.let_go(job.blocks[index][0])
         del block, restored
         _trim_heap()
-        yield index, results, records
-        del results
+        for index, (results, records) in zip(indices, done, strict=True):
+            yield index, results, records
+        del done, results
+
+
+def _block_at(
+    job: Job, indices: Sequence[int], captured: walk.Captured | None, float_inputs: walk.Stream | None
+) -> walk.Block:
+    """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
+    name, module = job.blocks[indices[0]]
+    stages = job.adapter.stages_in(module)
+    kwargs = captured.kwargs[indices[0]] if captured else []
+    if len(indices) > 1:
+        children = {job.blocks[index][0].rpartition(".")[2]: index for index in indices}
+        name, module = name.rpartition(".")[0], walk.Span({key: job.blocks[i][1] for key, i in children.items()})
+        stages = [
+            [tuple(f"{key}.{short}" for short in group) for group in stage]
+            for key, index in children.items()
+            for stage in job.adapter.stages_in(job.blocks[index][1])
+        ]
+        batches = range(len(kwargs))
+        kwargs = [{key: captured.kwargs[i][n] for key, i in children.items()} for n in batches] if captured else []
+    dtype_of = job.weights.dtype_of
+    return walk.make_block(
+        indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed
+    )
 
 
 def _trim_heap() -> None:
@@ -265,8 +290,13 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]:
-    """Let the algorithm work on one block and check that it did all of it, in the form promised."""
+def _quantize(
+    job: Job, block: walk.Block, indices: Sequence[int]
+) -> list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+    """Let the algorithm work on a block and check that it did all of it, in the form promised.
+
+    Returns weights and records of each of the model's blocks that it stands for.
+    """
     started = time.perf_counter()
     try:
         block.widen_starved()
@@ -284,17 +314,20 @@ def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], 
             f"algorithm {job.algorithm.name!r} returned {len(results)} of {len(block.linears)} linears of block "
             f"{block.name}; look at {name_list(missing)}."
         )
-    records = []
-    for name, linear in block.linears.items():
-        weight = results[name]
-        if not isinstance(weight, QuantizedWeight) or tuple(weight.codes.shape) != tuple(linear.weight.shape):
-            raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
-        results[name] = weight.to("cpu")
-        out, columns = weight.codes.shape
-        facts = {"name": name, "block": block.index, "shape": [out, columns], **weight.config.model_dump()}
-        facts["act_order"] = weight.act_order
-        records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
-    return results, records
+    done: list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]] = []
+    for index in indices:
+        prefix, records = f"{job.blocks[index][0]}.", []
+        for name in [name for name in block.linears if name.startswith(prefix)]:
+            weight = results[name]
+            shape = tuple(block.linears[name].weight.shape)
+            if not isinstance(weight, QuantizedWeight) or tuple(weight.codes.shape) != shape:
+                raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
+            facts = {"name": name, "block": index, "shape": list(shape), **weight.config.model_dump()}
+            facts["act_order"] = weight.act_order
+            records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
+        mine = {record["name"]: results[record["name"]].to("cpu") for record in records}
+        done.append((mine, records))
+    return done
 
 
 def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
