@@ -1,0 +1,153 @@
+"""GPTQ's solver alone, from W and H to codes: the torch reference beside the compiled solvers of this machine.
+
+    python benchmarks/solver.py [--device cuda] [--shapes 4096x4096,4096x11008,11008x4096] [--bits 4 --group-size 128]
+
+Shapes are K x N: inputs x outputs. Times are medians in milliseconds, of the whole (factorization included) and of its parts:
+`factor`, `updates` of the columns behind each block (matrix products both), and `columns`: grid search and loop over columns,
+what the compiled solvers replace. Beside them: the share of codes that equal the reference's, and the loss
+tr((W - Q) H (W - Q)') over the reference's. Where a tie falls the other way a row goes on differently: codes may differ, losses
+may not. On a CPU the threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time, for a machine with other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from qcore_plugins.algorithms import gptq
+from torch import Tensor
+
+from qcore import QuantConfig
+
+
+def problem(K: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return W [N, K] and H [K, K] of inputs that move together, some strong and some weak."""
+    generator = torch.Generator(device).manual_seed(0)
+    W = torch.randn(N, K, device=device, generator=generator) * 0.02
+    H = torch.zeros(K, K, device=device)
+    mixing = torch.randn(K, 64, device=device, generator=generator)
+    strength = torch.logspace(-1, 1, K, device=device)
+    for _ in range(8):
+        common = torch.randn(K // 4, 64, device=device, generator=generator) @ mixing.t() / 8
+        X = (common + torch.randn(K // 4, K, device=device, generator=generator)) * strength
+        H.addmm_(X.t(), X, alpha=1 / (2 * K))
+    return W, H
+
+
+class Clock:
+    """Milliseconds of calls, once the device has nothing left to do."""
+
+    def __init__(self, device: torch.device, repeats: int, cpu_time: bool) -> None:
+        self.device, self.repeats = device, repeats
+        self.now = time.process_time if cpu_time else time.perf_counter
+
+    def once(self, call: Callable[[], Any]) -> float:
+        self._synchronize()
+        start = self.now()
+        call()
+        self._synchronize()
+        return 1e3 * (self.now() - start)
+
+    def median(self, call: Callable[[], Any]) -> float:
+        """The median time of a call that has run once before."""
+        call()
+        return statistics.median(self.once(call) for _ in range(self.repeats))
+
+    def inside(self, solve: Callable[[gptq.Columns], Any], quantize: gptq.Columns) -> float:
+        """The median time that a solver spends in its inner loop."""
+        spent = [0.0]
+
+        def timed(*inputs: Any) -> None:
+            spent[-1] += self.once(lambda: quantize(*inputs))
+
+        for _ in range(self.repeats):
+            solve(timed)
+            spent.append(0.0)
+        return statistics.median(spent[:-1])
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def updates(W: Tensor, H: Tensor, block: int) -> None:
+    """The products that update the columns behind each block, with any numbers."""
+    Wt, Err = W.t().contiguous(), W.t()[:block].contiguous()
+    for stop in range(block, len(Wt), block):
+        Wt[stop:].addmm_(H[stop - block : stop, stop:].t(), Err, alpha=-1)
+
+
+def loss(W: Tensor, H: Tensor, solution: gptq.Solution) -> float:
+    E = W - solution.scales[:, solution.g_idx.long()] * (
+        solution.codes.float() - solution.zeros[:, solution.g_idx.long()]
+    )
+    return float(((E @ H) * E).double().sum())
+
+
+def solvers(wanted: str, device: torch.device) -> dict[str, gptq.Columns]:
+    """The reference, and what is wanted or what `auto` takes here."""
+    label, found = gptq.solver_for(wanted, device)
+    return {"torch": gptq.quantize_columns} | ({label.split()[0]: found} if label != "torch" else {})
+
+
+def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per solver."""
+    device, params = torch.device(arguments.device), gptq.Gptq.Params(**json.loads(arguments.params))
+    config = QuantConfig(bits=arguments.bits, group_size=arguments.group_size, sym=not arguments.asym)
+    W, H = problem(K, N, device)
+    perm = torch.randperm(K, device=device)
+    clock = Clock(device, arguments.repeats, arguments.cpu_time)
+    factor = clock.median(lambda: gptq.inverse_factor(H, perm, params.damp_percent, params.shrink))
+    products = clock.median(lambda: updates(W, H, params.block_size))
+    rows, reference = [], None
+    for name, quantize in solvers(arguments.solver, device).items():
+
+        def solve(quantize: gptq.Columns = quantize) -> gptq.Solution:
+            solution = gptq.solve(W, H, config, params, quantize)
+            assert solution is not None
+            return solution
+
+        solution = solve()
+        reference = reference or solution
+        row: dict[str, Any] = {"shape": f"{K}x{N}", "solver": name, "whole": clock.median(solve), "factor": factor}
+        row |= {"updates": products, "columns": clock.inside(solve, quantize)}
+        row["codes equal"] = float((solution.codes == reference.codes).float().mean())
+        rows.append(row | {"loss ratio": loss(W, H, solution) / loss(W, H, reference)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", help="K x N, separated by commas; 2048x2048 on a CPU")
+    parser.add_argument("--solver", default="auto")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--params", default="{}", help="more options of the algorithm, as JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    default = "2048x2048" if arguments.device == "cpu" else "4096x4096,4096x11008,11008x4096"
+    where = torch.cuda.get_device_name() if arguments.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {arguments.bits} bits, group {arguments.group_size}; milliseconds")
+    rows: list[dict[str, Any]] = []
+    for shape in (arguments.shapes or default).split(","):
+        K, N = map(int, shape.split("x"))
+        rows += measure(K, N, arguments)
+        for row in rows[-2:]:
+            cells = (f"{key} {value:.6f}" if key in ("codes equal", "loss ratio") else f"{key} {value:.1f}" for key, value in list(row.items())[2:])  # fmt: skip
+            print(f"{row['shape']:12} {row['solver']:7} {'  '.join(cells)}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
