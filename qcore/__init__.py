@@ -24,11 +24,13 @@ _HOMES = {
         "CalibrationError",
         "CheckpointError",
         "ConfigError",
+        "EvaluationError",
         "ModelError",
         "PluginError",
         "QcoreError",
         "RunError",
     ),
+    "evaluation": ("EvalTask",),
     "exporter": ("Content", "Exporter", "LayerSpec"),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "linear": ("QuantLinear",),
@@ -70,10 +72,12 @@ if TYPE_CHECKING:
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
+    from .errors import EvaluationError as EvaluationError
     from .errors import ModelError as ModelError
     from .errors import PluginError as PluginError
     from .errors import QcoreError as QcoreError
     from .errors import RunError as RunError
+    from .evaluation import EvalTask as EvalTask
     from .exporter import Content as Content
     from .exporter import Exporter as Exporter
     from .exporter import LayerSpec as LayerSpec

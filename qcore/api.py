@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
-from .evaluation import measure, windows_of
+from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
@@ -487,8 +487,9 @@ def open_any(
 
 def evaluate(
     model: nn.Module | str | Path,
-    text: str | Tensor,
+    text: str | Tensor | None = None,
     *,
+    task: str | EvalTask | None = None,
     reference: nn.Module | str | Path | None = None,
     seqlen: int = 512,
     windows: int | None = None,
@@ -496,19 +497,50 @@ def evaluate(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     plugins: Plugins | None = None,
+    **params: Any,
 ) -> dict[str, float]:
-    """Measure perplexity, and KL divergence to a reference model, on held-out text.
+    """Measure a model on held-out text (perplexity, and KL divergence to a reference model), or by an evaluation task.
 
     text: a string, or token ids. windows: how many to use at most. See qcore.evaluation for the definitions.
+    task: an evaluation task in place of text: its name, NAME:ARGUMENT for tasks that take one, or an EvalTask; its
+        options go in as further keywords (`qcore tasks` lists them).
 
-    Returns {"perplexity": …, "kl": …, "reference_perplexity": …, "windows": …, "seqlen": …, "tokens": …}.
+    Returns {"perplexity": …, "kl": …, "reference_perplexity": …, "windows": …, "seqlen": …, "tokens": …}; or the task's
+    metrics, each again as "reference_…" where a reference is given.
+
+    Example: `qcore.evaluate("out", task="language_modeling", data_name_or_path="chats.jsonl", reference="demo")`
     """
+    plugins = plugins or installed()
+    if task is not None:
+        chosen, argument = _task(task, text, plugins)
+        options = chosen.Params.parse(params, f"task {chosen.name!r}")
+    elif text is None or params:
+        what = f"no option {next(iter(params))!r} without a task" if params else "nothing to measure on"
+        raise ConfigError(f"evaluate has {what}. Give text, or task= and its options (`qcore tasks` lists them).")
     network, own_tokenizer = open_any(model, device, trust_remote_code, plugins)
     other, other_tokenizer = (None, None)
     if reference is not None:
         other, other_tokenizer = open_any(reference, device, trust_remote_code, plugins)
-    ids = windows_of(text, tokenizer or own_tokenizer or other_tokenizer, seqlen, windows)
-    return measure(network, ids, other)
+    tokenizer = tokenizer or own_tokenizer or other_tokenizer
+    if task is None:
+        assert text is not None
+        return measure(network, windows_of(text, tokenizer, seqlen, windows), other)
+    result = chosen.run(network, tokenizer, options, argument)
+    if other is not None:
+        before = chosen.run(other, tokenizer, options, argument)
+        result = {**result, **{f"reference_{name}": value for name, value in before.items()}}
+    return result
+
+
+def _task(task: str | EvalTask, text: Any, plugins: Plugins) -> tuple[EvalTask, str]:
+    """Return the task meant, and what stands behind the colon of its name."""
+    if text is not None:
+        raise ConfigError("text and task= exclude each other: a task brings its own data.")
+    if isinstance(task, EvalTask):
+        return task, ""
+    name, _, argument = task.partition(":")
+    found: EvalTask = plugins.get("task", name)
+    return found, argument
 
 
 def report(model: nn.Module | str | Path) -> dict[str, Any]:

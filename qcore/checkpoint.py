@@ -499,6 +499,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         isinstance(record, dict) and isinstance(record.get("name"), str) for record in records
     ):
         raise CheckpointError(f"{folder / PROVENANCE}: layers is no list of objects with a name.")
+    skipped = provenance.get("skipped", [])
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise CheckpointError(f"{folder / PROVENANCE}: skipped is no list of names.")
     return provenance
 
 

@@ -212,27 +212,61 @@ def _show_summary(output: Path, report: dict[str, Any], found: dict[str, Any]) -
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="File of held-out text.")
-@click.option("--reference", metavar="MODEL", help="Model to measure the KL divergence to.")
-@click.option("--seqlen", default=512, show_default=True, help="Tokens per window.")
-@click.option("--windows", type=int, help="Use at most this many windows.")
+@click.option("--text", type=click.Path(path_type=Path), help="File of held-out text: perplexity and KL divergence.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME[:ARGUMENT]", help="Task; see `qcore tasks`; repeatable.")
+@click.option("--data", metavar="FILE|NAME", help="The tasks' data: .jsonl, .json, .csv, or a hub name.")
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the tasks; repeatable.")
+@click.option("--reference", metavar="MODEL", help="Model to compare with, for instance the one before quantization.")
+@click.option("--seqlen", default=512, show_default=True, help="Tokens per window of --text.")
+@click.option("--windows", type=int, help="Use at most this many windows of --text.")
 @device_option
 @trust_option
 @json_option
-def evaluate(model: str, text: Path, as_json: bool, **settings: Any) -> None:
-    """Measure perplexity, and KL divergence to a reference, on held-out text."""
+def evaluate(model: str, text: Path | None, tasks: tuple[str, ...], data: str | None, options: tuple[str, ...],
+             seqlen: int, windows: int | None, as_json: bool, **settings: Any) -> None:  # fmt: skip
+    """Measure MODEL on held-out text or by tasks, beside a reference where one is given."""
     from . import api
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {text} cannot be read as UTF-8 text: {error}") from None
-    result = api.evaluate(model, content, **settings)
+    if text is None and not tasks:
+        raise ConfigError("nothing to measure on: give --text FILE, --task NAME, or both (`qcore tasks` lists them).")
+    params = parse_options(options) | ({"data_name_or_path": data} if data else {})
+    if params and not tasks:
+        raise ConfigError("--data and --set are for tasks: give --task NAME as well.")
+    results: dict[str, dict[str, float]] = {}
+    if text is not None:
+        results["text"] = api.evaluate(model, _read_text(text), seqlen=seqlen, windows=windows, **settings)
+    for task in tasks:
+        results[task] = api.evaluate(model, task=task, **settings, **params)
     if as_json:
-        click.echo(json.dumps(result))
-    else:
-        for name, value in result.items():
-            click.echo(f"{name:22}{value:.4f}" if isinstance(value, float) else f"{name:22}{value}")
+        click.echo(json.dumps(results if tasks else results["text"]))
+        return
+    for name, result in results.items():
+        if tasks:
+            click.echo(name)
+        _show_result(result)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _show_result(result: Mapping[str, float]) -> None:
+    """One line per metric; the reference's value, where there is one, beside it."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+
+    compared = {name for name in result if f"reference_{name}" in result}
+    pairs = {
+        n: result.get(f"reference_{n}") for n in result if n.removeprefix("reference_") not in compared or n in compared
+    }
+    if any(value is not None for value in pairs.values()):
+        click.echo(f"{'':22}{'model':>12}{'reference':>12}")
+    for name, before in pairs.items():
+        click.echo(f"{name:22}{shown(result[name]):>12}{shown(before):>12}".rstrip())
 
 
 @cli.command()
@@ -375,6 +409,7 @@ _listing_command("models", "model", "List the declared model adapters; any other
 _listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")
+_listing_command("tasks", "task", "List the evaluation tasks.")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class CalibrationError(QcoreError):
     """Calibration text or tokens that cannot be used."""
 
 
+class EvaluationError(QcoreError):
+    """Evaluation data that cannot be used."""
+
+
 class BackendError(QcoreError):
     """No kernel can serve a layer, or a kernel was asked for what it cannot do."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .algorithm import Algorithm
     from .backend import Backend
     from .calibration import CalibrationDataset
+    from .evaluation import EvalTask
     from .exporter import Exporter
 
 PLUGIN_API_VERSION = 1
@@ -54,6 +55,11 @@ def qcore_exporters() -> list[Exporter]:  # type: ignore[empty-body]
 @hookspec
 def qcore_calibration_datasets() -> list[CalibrationDataset]:  # type: ignore[empty-body]
     """Offer named sources of calibration text or tokens, as instances."""
+
+
+@hookspec
+def qcore_eval_tasks() -> list[EvalTask]:  # type: ignore[empty-body]
+    """Offer evaluation tasks, as instances: what `qcore.evaluate(task=…)` and `qcore eval --task` measure a model by."""
 
 
 @hookspec(firstresult=True)

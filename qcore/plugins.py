@@ -28,6 +28,7 @@ KINDS = MappingProxyType(
         "qcore_backends": "backend",
         "qcore_exporters": "format",
         "qcore_calibration_datasets": "dataset",
+        "qcore_eval_tasks": "task",
     }
 )
 
@@ -38,6 +39,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
     from .algorithm import Algorithm
     from .backend import Backend
     from .calibration import CalibrationDataset
+    from .evaluation import EvalTask
     from .exporter import Exporter
 
     kinds: dict[str, tuple[type, bool]] = {
@@ -46,6 +48,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
         "backend": (Backend, False),
         "format": (Exporter, False),
         "dataset": (CalibrationDataset, False),
+        "task": (EvalTask, False),
     }
     return kinds[kind]
 

@@ -25,9 +25,11 @@ from .adapter import ModelAdapter, _stars, linears_in
 from .algorithm import Algorithm
 from .api import content_of, quantize
 from .backend import Backend, MatmulSpec
+from .calibration import CalibrationDataset, CalibrationRequest
 from .checkpoint import complete_folder
 from .config import QuantConfig
 from .errors import QcoreError
+from .evaluation import EvalTask
 from .experts import unfuse
 from .exporter import Exporter
 from .linear import QuantLinear, weight_of
@@ -107,6 +109,31 @@ def tiny_transformer(model_type: str, **overrides: Any) -> Any:
         torch.manual_seed(overrides.pop("seed", 0))
         config = AutoConfig.for_model(model_type, **overrides)
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_language_model() -> Any:
+    """A transformers model of some thousand weights that generates; its vocabulary is that of `tiny_tokenizer`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of 258 tokens, one for each byte, that needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def random_weight(
@@ -360,6 +387,38 @@ class _Held:
 
     def __call__(self) -> QuantizedWeight:
         return self.weight
+
+
+def check_dataset(dataset: CalibrationDataset, samples: int = 4, seqlen: int = 16) -> None:
+    """Check that a dataset gives documents or token ids, and the same ones twice."""
+    tokenizer = tiny_tokenizer()
+
+    request = CalibrationRequest(tokenizer, samples, seqlen, 0, torch.device("cpu"), tiny_language_model)
+    first, again = (list(dataset.load(request)) for _ in range(2))
+    assert first, f"{dataset.name}: it gives nothing"
+    assert first == again, f"{dataset.name}: two equal requests give different data"
+    kinds = {str if isinstance(row, str) else list for row in first}
+    assert len(kinds) == 1, f"{dataset.name}: it mixes text and token ids"
+    assert kinds == {str} or all(isinstance(token, int) for row in first for token in row), (
+        f"{dataset.name}: no token ids"
+    )
+
+
+def check_task(task: EvalTask, argument: str = "", **params: Any) -> dict[str, float]:
+    """Check that a task gives numbers, the same twice, and leaves model and random state alone; return the numbers."""
+    model, tokenizer = tiny_language_model(), tiny_tokenizer()
+    options = task.Params.parse(params, f"task {task.name!r}")
+    before, state = [tensor.clone() for tensor in model.parameters()], torch.random.get_rng_state()
+    first = task.run(model, tokenizer, options, argument)
+    assert torch.equal(torch.random.get_rng_state(), state), f"{task.name}: it changed the process's random state"
+    assert first, f"{task.name}: it measured nothing"
+    for name, value in first.items():
+        assert isinstance(name, str), f"{task.name}: metric {name!r} is no name"
+        assert isinstance(value, (int, float)), f"{task.name}: {name} is {value!r}, expected a number"
+    assert task.run(model, tokenizer, options, argument) == first, f"{task.name}: two equal runs differ"
+    changed = [a for a, b in zip(model.parameters(), before, strict=True) if not torch.equal(a, b)]
+    assert not changed, f"{task.name}: it changed the model"
+    return first
 
 
 def check_plugin(point: importlib.metadata.EntryPoint) -> None:
