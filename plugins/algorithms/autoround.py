@@ -33,7 +33,7 @@ from qcore import (
     hookimpl,
 )
 
-from .gptq import Gptq, Hessian, column_order, dampen, float_target, solve
+from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve
 from .rtn import group_grids
 
 # ---- where tuning starts ---------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, reci
         return None
     size = W.shape[1] if config.group_size == -1 else config.group_size
     perm = column_order(H.diagonal(), size, recipe.order)
-    damped = dampen(H, found.damp_percent, recipe.shrink)[perm][:, perm]
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # upper: rows and columns reversed, factored, reversed back
+    reversed_H = dampen_(permuted(H, perm.flip(0)), found.damp_percent, recipe.shrink)
+    R = torch.linalg.cholesky(reversed_H).flip(0, 1)  # upper: rows and columns reversed, factored, reversed back
     Q = grid.dequantize(found.codes, grid.spread(found.scales, found.g_idx), grid.spread(found.zeros, found.g_idx))
     inside = ((target - Q)[:, perm] @ R).div_(R.diagonal())  # [out, in], what rounding took from each column
     return Start(Q + inside[:, perm.argsort()], found.scales, found.zeros)

@@ -348,7 +348,7 @@ def test_weights_given_are_out_by_in_for_conv1d_too():
     captured = captured_of(model, batches_of(tiny_tokens(2)), "transformer.h", ("transformer.wte", "transformer.wpe"))
     short = "mlp.c_fc"
     plan = {f"transformer.h.0.{short}": QuantConfig()}
-    block = walk.make_block(0, "transformer.h.0", model.transformer.h[0], [(short,)], plan, lambda name: torch.float32,
+    block = walk.make_block(0, "transformer.h.0", model.transformer.h[0], [[(short,)]], plan, lambda name: torch.float32,
                             captured, captured.kwargs[0], None, CPU, 0)  # fmt: skip
     (linear,) = block.linears.values()
     assert tuple(linear.weight.shape) == (128, 32)

@@ -105,7 +105,7 @@ class Lossy(GPTQ_FORMAT):
         g_idx = grid.group_index(weight.in_features, weight.group_size)
         return super().encode(name, dataclasses.replace(weight, g_idx=g_idx))
 
-    def _verify(self, content, folder):
+    def verify(self, content, folder):
         pass
 
 
