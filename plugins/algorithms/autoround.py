@@ -178,7 +178,9 @@ def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) ->
     s, z = r.grid()
     ratio = r.W / s
     levels, free = rounded(ratio, r.V, z, r.config.maxq)
-    passed = G * (levels == free)
+    passed = torch.eq(levels, free, out=free).mul_(
+        G
+    )  # as float: comparing into bool costs several times as much on a CPU
     if minmax_lr is not None:
         grad_s = torch.sum(G * levels - passed * ratio, -1, keepdim=True)  # [out, groups, 1]
         if r.config.sym:
