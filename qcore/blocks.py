@@ -62,8 +62,8 @@ def capture(
     Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
     """
     stumbled: list[Exception] = []
-    for as_tuple in (False, True):
-        recorders = [_Recorder(block, as_tuple) for block in blocks]
+    for width in (0, 1, 2, 3):  # a block returns its hidden states plainly, or first in a tuple
+        recorders = [_Recorder(block, width) for block in blocks]
         stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
         try:
             for block, recorder in zip(blocks, recorders, strict=True):
@@ -89,7 +89,7 @@ def capture(
         finally:
             for block in blocks:
                 del block.forward
-    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 2 else ""
+    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 4 else ""
     raise ModelError(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
         f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
@@ -107,16 +107,16 @@ def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -
 class _Recorder:
     """Stands in for a block's forward: notes the call and passes the hidden states on untouched."""
 
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, width: int) -> None:
         self.signature = inspect.signature(type(block).forward)
-        self.as_tuple, self.stop = as_tuple, False
+        self.width, self.stop = width, False
         self.call: tuple[Tensor, dict[str, Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.call = split_call(self.signature, args, kwargs)
         if self.stop:
             raise _Enough
-        return (self.call[0],) if self.as_tuple else self.call[0]
+        return (self.call[0], *[None] * (self.width - 1)) if self.width else self.call[0]
 
 
 def split_call(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -312,7 +312,7 @@ class Block:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
             mask = self.masks[number]
-            if not bool(torch.isfinite(output if mask is None else output[mask.to(output.device)]).all()):
+            if not bool(torch.isfinite(_tokens(output, mask)).all()):
                 raise RunError(
                     f"the hidden states after block {self.name} hold NaN or Inf"
                     f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
@@ -356,9 +356,13 @@ class Block:
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it."""
+    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it: [batch, length, in], [length,
+    batch, in] (ChatGLM) or [batch * length, in].
+    """
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.to(x.device)]
+    if mask is not None and x.shape[:-1] == mask.t().shape:
+        return x[mask.t().to(x.device)]
     if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1).to(x.device)]
     return x.reshape(-1, x.shape[-1])

@@ -82,10 +82,20 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
 
 
 def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """Open a float model whole, by transformers itself."""
+    """Open a float model whole, by transformers itself.
+
+    A model with code of its own is filled here instead: transformers 5 makes every model without memory and leaves the
+    buffers that old code computed when it was made (rotary tables, masks) as it finds them, which is garbage.
+    """
     from transformers import AutoModelForCausalLM
 
     load_config(folder, trust_remote_code)  # refuses remote code in our own words
+    if trust_remote_code and "auto_map" in folder.config:
+        own = skeleton(folder, trust_remote_code, dtype)
+        if not type(own).__module__.startswith("transformers."):
+            FolderWeights(own, folder).bring("", torch.device("cpu"), dtype or stored_dtype(folder))
+            own.tie_weights()  # type: ignore[operator]
+            return own
     with _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
