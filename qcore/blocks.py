@@ -287,8 +287,7 @@ class Block:
             yield hidden.to(self.device), _own(kwargs, self.device), mask
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        output = self.module(hidden, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+        return _first_output(self.module(hidden, **kwargs))
 
     def record(self, name: str, **facts: Any) -> None:
         self.records[name].update(facts)
@@ -415,18 +414,28 @@ class _Memoised:
             calls += 1
             if calls > 1:  # a part used twice in one pass has two inputs
                 return compute(module, *args, **kwargs)
+            if self.batch in kept and kept[self.batch][1] != _versions(kept[self.batch][0]):
+                return compute(module, *args, **kwargs)  # the block wrote into it (Falcon adds to its MLP's output)
             if self.batch not in kept:
                 output = compute(module, *args, **kwargs)
                 for outputs in inner:
-                    self.block.memo_bytes += _size(outputs.pop(self.batch, None))
+                    self.block.memo_bytes += _size(outputs.pop(self.batch, (None,))[0])
                 size = _size(output)
                 if size > self.block.memo_bytes:
                     return output
                 self.block.memo_bytes -= size
-                kept[self.batch] = output
-            return kept[self.batch]
+                kept[self.batch] = output, _versions(output)
+            return kept[self.batch][0]
 
         return forward
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor of a nested value was written into."""
+    if isinstance(value, Tensor):
+        return [value._version]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [version for item in items for version in _versions(item)]
 
 
 def _size(value: Any) -> int:
@@ -481,6 +490,25 @@ def make_block(
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
     )
+
+
+@torch.no_grad()
+def check_causal(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], model: str) -> None:
+    """Raise ModelError when what a block makes of the first tokens depends on the last one. hidden: one sequence."""
+    changed = hidden.clone()
+    changed.view(-1, hidden.shape[-1])[-1].neg_()
+    first, second = (_first_output(module(x, **kwargs)) for x in (hidden.clone(), changed))
+    earlier = [x.reshape(-1, x.shape[-1])[:-1].float() for x in (first, second)]
+    if float((earlier[0] - earlier[1]).norm()) > 1e-2 * float(earlier[0].norm()):
+        raise ModelError(
+            f"{model} is no causal language model: in its block {type(module).__name__} earlier tokens see later ones. "
+            "qcore quantizes causal ones; if this is a decoder run as an encoder, look for is_decoder in its config."
+        )
+
+
+def _first_output(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
 
 
 @contextlib.contextmanager
