@@ -17,7 +17,7 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "cli", "testing",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "explain", "evaluation", "api", "cli", "testing",
 ]  # fmt: skip
 
 #: plugins that the core may name: as defaults of the public functions and of the command line
