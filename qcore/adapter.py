@@ -166,6 +166,10 @@ def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[S
     inside = [linears_in(block) for block in model.get_submodule(blocks).children()]
     routers = tuple(dict.fromkeys(name for present in inside for name in present if _is_router(name, present)))
     kept = [tuple(name for name in group if name not in routers) for group in groups]
+    decoder = text_decoder(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    beside = sum(linear_size(module) for name, module in named if not name.startswith(decoder))
     shared = sum(len(group) for group in kept)
     inputs = sum(1 for group in kept if group)
     return ModelAdapter(
@@ -177,6 +181,13 @@ def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[S
         notes=(
             f"took {blocks!r} for the decoder blocks",
             f"saw {shared} linears with {inputs} distinct inputs",
+            *(
+                [
+                    f"quantizes the language model, {decoder[:-1]!r}, only; {beside:,} weights of other parts stay in float"
+                ]
+                if beside
+                else []
+            ),
             *([f"took {name_list(routers)} for routers, which stay in float"] if routers else []),
         ),
     )

@@ -34,6 +34,7 @@ from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
+from .explain import explain as describe_plan
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
@@ -561,6 +562,40 @@ def report(model: nn.Module | str | Path) -> dict[str, Any]:
     return read_json(path / PROVENANCE)
 
 
+def explain(
+    model: str | Path,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    overrides: Sequence[Override | str | Mapping[str, Any]] = (),
+    samples: int = 128,
+    seqlen: int = 2048,
+    adapter: str | None = None,
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    plugins: Plugins | None = None,
+) -> dict[str, Any]:
+    """Return what `quantize` would do with a model, see `qcore.explain.explain`; nothing is quantized.
+
+    Raises what `quantize` would raise for the model.
+    """
+    plugins = plugins or installed()
+    folder = ModelFolder(resolve_model(str(model), plugins))
+    if folder.config.get("quantization_config"):
+        check_model(nn.Module(), folder)
+    return describe_plan(
+        folder,
+        plugins,
+        pick_device(device),
+        config=QuantConfig.parse({"bits": bits, "group_size": group_size}, "explain"),
+        overrides=[_override(each) for each in overrides],
+        samples=samples,
+        seqlen=seqlen,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any]:
     """Describe a quantized folder: format, sizes, bits per weight, every layer, where it came from.
 
@@ -593,4 +628,15 @@ def _bytes(info: Any) -> int:
     return int(torch.Size(info.shape).numel()) * int(info.dtype.itemsize)
 
 
-__all__ = ["QcoreError", "content_of", "evaluate", "inspect", "load", "open_content", "quantize", "report", "save"]
+__all__ = [
+    "QcoreError",
+    "content_of",
+    "evaluate",
+    "explain",
+    "inspect",
+    "load",
+    "open_content",
+    "quantize",
+    "report",
+    "save",
+]

@@ -63,8 +63,8 @@ def capture(
     Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
     """
     stumbled: list[Exception] = []
-    for as_tuple in (False, True):
-        recorders = [_Recorder(block, as_tuple) for block in blocks]
+    for width in (0, 1, 2, 3):  # a block returns its hidden states plainly, or first in a tuple
+        recorders = [_Recorder(block, width) for block in blocks]
         stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
         try:
             for block, recorder in zip(blocks, recorders, strict=True):
@@ -90,7 +90,7 @@ def capture(
         finally:
             for block in blocks:
                 del block.forward
-    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 2 else ""
+    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 4 else ""
     raise ModelError(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
         f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
@@ -108,16 +108,16 @@ def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -
 class _Recorder:
     """Stands in for a block's forward: notes the call and passes the hidden states on untouched."""
 
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, width: int) -> None:
         self.signature = inspect.signature(type(block).forward)
-        self.as_tuple, self.stop = as_tuple, False
+        self.width, self.stop = width, False
         self.call: tuple[Tensor, dict[str, Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.call = split_call(self.signature, args, kwargs)
         if self.stop:
             raise _Enough
-        return (self.call[0],) if self.as_tuple else self.call[0]
+        return (self.call[0], *[None] * (self.width - 1)) if self.width else self.call[0]
 
 
 def split_call(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -354,7 +354,7 @@ class Block:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
             mask = self.masks[number]
-            if not bool(torch.isfinite(output if mask is None else output[mask.to(output.device)]).all()):
+            if not bool(torch.isfinite(_tokens(output, mask)).all()):
                 raise RunError(
                     f"the hidden states after block {self.name} hold NaN or Inf"
                     f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
@@ -403,7 +403,7 @@ def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: 
         output = torch.func.functional_call(module, weights, (hidden,), kwargs)
     else:
         output = module(hidden, **kwargs)
-    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+    return _first_output(output)
 
 
 @cache
@@ -412,9 +412,13 @@ def _compiled_run() -> Callable[..., Tensor]:
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it."""
+    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it: [batch, length, in], [length,
+    batch, in] (ChatGLM) or [batch * length, in].
+    """
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.to(x.device)]
+    if mask is not None and x.shape[:-1] == mask.t().shape:
+        return x[mask.t().to(x.device)]
     if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1).to(x.device)]
     return x.reshape(-1, x.shape[-1])
@@ -467,18 +471,28 @@ class _Memoised:
             calls += 1
             if calls > 1:  # a part used twice in one pass has two inputs
                 return compute(module, *args, **kwargs)
+            if self.batch in kept and kept[self.batch][1] != _versions(kept[self.batch][0]):
+                return compute(module, *args, **kwargs)  # the block wrote into it (Falcon adds to its MLP's output)
             if self.batch not in kept:
                 output = compute(module, *args, **kwargs)
                 for outputs in inner:
-                    self.block.memo_bytes += _size(outputs.pop(self.batch, None))
+                    self.block.memo_bytes += _size(outputs.pop(self.batch, (None,))[0])
                 size = _size(output)
                 if size > self.block.memo_bytes:
                     return output
                 self.block.memo_bytes -= size
-                kept[self.batch] = output
-            return kept[self.batch]
+                kept[self.batch] = output, _versions(output)
+            return kept[self.batch][0]
 
         return forward
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor of a nested value was written into."""
+    if isinstance(value, Tensor):
+        return [value._version]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [version for item in items for version in _versions(item)]
 
 
 def _size(value: Any) -> int:
@@ -537,6 +551,25 @@ def make_block(
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
     )
+
+
+@torch.no_grad()
+def check_causal(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], model: str) -> None:
+    """Raise ModelError when what a block makes of the first tokens depends on the last one. hidden: one sequence."""
+    changed = hidden.clone()
+    changed.view(-1, hidden.shape[-1])[-1].neg_()
+    first, second = (_first_output(module(x, **kwargs)) for x in (hidden.clone(), changed))
+    earlier = [x.reshape(-1, x.shape[-1])[:-1].float() for x in (first, second)]
+    if float((earlier[0] - earlier[1]).norm()) > 1e-2 * float(earlier[0].norm()):
+        raise ModelError(
+            f"{model} is no causal language model: in its block {type(module).__name__} earlier tokens see later ones. "
+            "qcore quantizes causal ones; if this is a decoder run as an encoder, look for is_decoder in its config."
+        )
+
+
+def _first_output(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
 
 
 @contextlib.contextmanager

@@ -396,6 +396,69 @@ def _listing(kind: str | None, as_json: bool) -> None:
     _table(columns, [[row[key] for key in keys] for row in rows])
 
 
+@cli.command()
+@click.option(
+    "--explain", metavar="MODEL", help="Show the plan for a model instead: blocks, groups, what stays in float."
+)
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
+@click.option("--group-size", default=128, show_default=True)
+@click.option("--samples", default=128, show_default=True)
+@click.option("--seqlen", default=2048, show_default=True)
+@click.option("--adapter", help="Model adapter; by default the one of the model's type.")
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="As for `qcore quantize`.")
+@device_option
+@trust_option
+@json_option
+def models(explain: str | None, as_json: bool, overrides: tuple[str, ...], **settings: Any) -> None:
+    """List the declared model adapters (any other causal model gets the generic one), or explain one model."""
+    if explain is None:
+        _listing("model", as_json)
+        return
+    from . import api
+
+    plan = api.explain(explain, overrides=overrides, **settings)
+    if as_json:
+        click.echo(json.dumps(plan))
+    else:
+        _show_plan(plan)
+
+
+def _show_plan(plan: Mapping[str, Any]) -> None:
+    rows = []
+    for kind in plan["kinds"]:
+        where = _ranges(kind["blocks"])
+        for number, group in enumerate(kind["groups"], 1):
+            for linear in group["linears"]:
+                times = f"{group['times']} experts" if group["times"] > 1 else ""
+                rows.append([where, str(number), linear["linear"], "x".join(map(str, linear["shape"])), times])
+                where = ""
+    title = f"{plan['model_type']}: adapter {plan['adapter']}, {plan['blocks']} blocks"
+    _table(["blocks", "input", "linear (of one input: the same number)", "shape", ""], rows, title)
+    for note in plan["assumed"]:
+        click.echo(f"generic adapter: {note}")
+    click.echo(f"quantized: {plan['quantized']:,} weights")
+    for kept in plan["float"]:
+        click.echo(
+            f"in float: {kept['weights']:,} weights in {kept['tensors']} tensors, {kept['why']}; {kept['example']}"
+        )
+    click.echo(f"size: {plan['size'] / 1e6:.1f} MB now, about {plan['size_quantized'] / 1e6:.1f} MB then")
+    click.echo(
+        f"a run into a folder: at least {plan['memory'] / 1e9:.2f} GB for the largest block and the hidden states, at least "
+        f"{plan['seconds_forward']:.1f} s of forward passes here; what the algorithm needs comes on top"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write block numbers short: 0, 2-5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
 def _listing_command(name: str, kind: str | None, text: str) -> None:
     @cli.command(name, help=text)
     @json_option
@@ -405,7 +468,6 @@ def _listing_command(name: str, kind: str | None, text: str) -> None:
 
 _listing_command("plugins", None, "List every plugin: what it offers, where it comes from, whether it works.")
 _listing_command("algorithms", "algorithm", "List the algorithms.")
-_listing_command("models", "model", "List the declared model adapters; any other causal model gets the generic one.")
 _listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")

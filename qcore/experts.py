@@ -77,13 +77,12 @@ class Experts(nn.Module):
         return output
 
     def _run(self, expert: nn.Module, x: Tensor) -> Tensor:
-        up: Tensor = getattr(expert, self.names["up"])(x)
         if self.has_gate:
-            gate: Tensor = getattr(expert, self.names["gate"])(x)
+            gate, up = getattr(expert, self.names["gate"])(x), getattr(expert, self.names["up"])(x)
             joined = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
             hidden = self._origin[0]._apply_gate(joined)
         else:
-            hidden = self._origin[0].act_fn(up)
+            hidden = self._origin[0].act_fn(getattr(expert, self.names["up"])(x))
         result: Tensor = getattr(expert, self.names["down"])(hidden)
         return result
 

@@ -50,21 +50,17 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
     allocated.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{folder.path} is an encoder-decoder model ({config.model_type}); qcore quantizes causal ones."
-        )
+    auto = auto_class(config, str(folder.path))
     with (
         _transformers_errors(f"the model of {folder.path}"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = auto.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
         )
     return unfuse(model.eval())
@@ -89,6 +85,32 @@ def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> froze
     return frozenset(conv.intersection(names))
 
 
+def auto_class(config: Any, what: str) -> Any:
+    """Return the transformers class that opens a model: a causal language model, or one that also sees images.
+
+    Raises ModelError for encoder-decoder models and for those that are no language model at all.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    refuse_encoder_decoder(config, what)
+    known = {"AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
+    known["AutoModelForImageTextToText"] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    for name, mapping in known.items():
+        if type(config) in mapping or name in (getattr(config, "auto_map", None) or {}):
+            return getattr(transformers, name)
+    raise ModelError(
+        f"{what} is a model of type {config.model_type!r}, for which transformers has no causal language model "
+        "(AutoModelForCausalLM, AutoModelForImageTextToText); qcore quantizes those."
+    )
+
+
+def refuse_encoder_decoder(config: Any, what: str) -> None:
+    """Raise ModelError when a config is that of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what} is an encoder-decoder model ({config.model_type}); qcore quantizes causal ones.")
+
+
 def stored_dtype(folder: ModelFolder) -> torch.dtype:
     """The dtype most of a folder's floating weights are stored in."""
     sizes: dict[torch.dtype, int] = {}
@@ -101,12 +123,20 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
 
 
 def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """Open a float model whole, by transformers itself."""
-    from transformers import AutoModelForCausalLM
+    """Open a float model whole, by transformers itself.
 
-    load_config(folder, trust_remote_code)  # refuses remote code in our own words
+    A model with code of its own is filled here instead: transformers 5 makes every model without memory and leaves the
+    buffers that old code computed when it was made (rotary tables, masks) as it finds them, which is garbage.
+    """
+    auto = auto_class(load_config(folder, trust_remote_code), str(folder.path))
+    if trust_remote_code and "auto_map" in folder.config:
+        own = skeleton(folder, trust_remote_code, dtype)
+        if not type(own).__module__.startswith("transformers."):
+            FolderWeights(own, folder).bring("", torch.device("cpu"), dtype or stored_dtype(folder))
+            own.tie_weights()  # type: ignore[operator]
+            return own
     with _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = auto.from_pretrained(
             folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
         )
     return model.eval()

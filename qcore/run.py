@@ -33,7 +33,7 @@ from .config import Override, QuantConfig, resolve
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear
-from .model import FolderWeights, Names, Weights, compute_dtype
+from .model import FolderWeights, Names, Weights, compute_dtype, refuse_encoder_decoder
 from .plugins import Plugins
 from .weight import QuantizedWeight
 
@@ -132,6 +132,7 @@ def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -
             name = f"{blocks_name}.{index}"
             weights.bring(name, device, dtype)
             kwargs = walk._own(captured.kwargs[index][0], device)
+            walk.check_causal(block, captured.stream.hidden[0].to(device), kwargs, type(model).__name__)
             with walk.all_experts(block):
                 kinds[kind] = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
             weights.let_go(name)
@@ -594,6 +595,7 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
         raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ModelError("the model is quantized already (it has QuantLinears). Start from the float model.")
+    refuse_encoder_decoder(getattr(model, "config", None), type(model).__name__)
     find_block_list(model)
 
 

@@ -17,8 +17,8 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "conversion",
-    "cli", "testing",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "explain", "evaluation", "api",
+    "conversion", "cli", "testing",
 ]  # fmt: skip
 
 #: plugins that the core may name: as defaults of the public functions and of the command line

@@ -444,7 +444,7 @@ def test_any_iterable_of_batches_is_calibration(weights_of):
 def test_no_iterations_is_plain_rounding_and_says_so(weights_of):
     model = qcore.quantize(TinyModel(), "autoround", iters=0, sym=False, group_size=32)  # without any calibration
     assert all("iters=0: not tuned, the start 'rtn'" in layer["note"] for layer in layers_of(model).values())
-    plain = weights_of(qcore.quantize(TinyModel(), "rtn", sym=False, group_size=32))
+    plain = weights_of(qcore.quantize(TinyModel(), "rtn", grid="minmax", sym=False, group_size=32))
     assert all(weight.equal(plain[name]) for name, weight in weights_of(model).items())
 
 
