@@ -315,7 +315,7 @@ def load_quantized(
     stored = stored_dtype(files)
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
-    places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
+    places = Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
     for name, layer in content.layers.items():
         try:
             shape = list(weight_of(model.get_submodule(name)).shape)
@@ -340,7 +340,7 @@ def load_quantized(
     for name in content.layers:
         place = places(name)
         weight = content.weight(name).to(place)
-        source = _WeightSource(content, name)
+        source = WeightSource(content, name)
         replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
     for module_name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -353,7 +353,7 @@ def load_quantized(
     return model.eval().requires_grad_(False)
 
 
-class _WeightSource:
+class WeightSource:
     """Reads a layer's exact weight from the content it came from, whenever asked."""
 
     def __init__(self, content: Content, name: str) -> None:
@@ -363,7 +363,7 @@ class _WeightSource:
         return self.content.weight(self.name)
 
 
-class _Placement:
+class Placement:
     """Tells the device of each parameter, by the longest matching prefix of a device map."""
 
     def __init__(self, device_map: Mapping[str, Any]) -> None:

@@ -563,7 +563,7 @@ def check_format(job: Job, exporter: Exporter) -> None:
                 f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
             )
     config = getattr(job.model, "config", None)
-    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
     if reason:
         raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")

@@ -17,7 +17,7 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "hookspecs",
-    "plugins", "linear", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "conversion", "cli",
+    "plugins", "linear", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "conversion", "native", "cli",
     "testing",
 ]  # fmt: skip
 
