@@ -35,6 +35,7 @@ _HOMES = {
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "linear": ("QuantLinear",),
     "model": ("quiet_transformers", "transposed_linears"),
+    "native": ("use_in_transformers",),
     "weight": ("QuantizedWeight",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from .linear import QuantLinear as QuantLinear
     from .model import quiet_transformers as quiet_transformers
     from .model import transposed_linears as transposed_linears
+    from .native import use_in_transformers as use_in_transformers
     from .weight import QuantizedWeight as QuantizedWeight
 
 

@@ -419,7 +419,7 @@ def load_quantized(
     stored = stored_dtype(files)
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
-    places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
+    places = Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
     names = Names(model)
     layers = {names.layer_in_model(key): key for key in content.layers}
     for name, key in layers.items():
@@ -448,7 +448,7 @@ def load_quantized(
     for name, key in layers.items():
         place = places(name)
         weight = content.weight(key).to(place)
-        source = _WeightSource(content, key)
+        source = WeightSource(content, key)
         replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
     for module_name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -461,7 +461,7 @@ def load_quantized(
     return model.eval().requires_grad_(False)
 
 
-class _WeightSource:
+class WeightSource:
     """Reads a layer's exact weight from the content it came from, whenever asked."""
 
     def __init__(self, content: Content, name: str) -> None:
@@ -471,7 +471,7 @@ class _WeightSource:
         return self.content.weight(self.name)
 
 
-class _Placement:
+class Placement:
     """Tells the device of each parameter, by the longest matching prefix of a device map."""
 
     def __init__(self, device_map: Mapping[str, Any]) -> None:
