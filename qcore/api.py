@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import (
@@ -103,7 +104,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "auto",
     tokenizer: Any = None,
-    adapter: str | None = None,
+    adapter: str | ModelAdapter | None = None,
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
@@ -120,7 +121,7 @@ def quantize(
     bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
     calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
         pass (None: chosen by size). seed: for everything random.
-    device: "auto" takes a GPU when there is one. adapter: an adapter's name; None goes by the model's type.
+    device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.

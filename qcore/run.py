@@ -104,9 +104,15 @@ def plan_linears(
 
 
 def find_adapter(
-    model: nn.Module, weights: Weights, plugins: Plugins, device: torch.device, wanted: str | None = None
+    model: nn.Module,
+    weights: Weights,
+    plugins: Plugins,
+    device: torch.device,
+    wanted: str | ModelAdapter | None = None,
 ) -> ModelAdapter:
-    """Return the adapter by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    """Return the adapter given, the one by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    if isinstance(wanted, ModelAdapter):
+        return wanted
     if wanted == "generic":
         return discover_adapter(model, weights, device)
     if wanted is not None:
