@@ -1,6 +1,6 @@
-"""Products of one linear on a GPU: fp16 torch.matmul, torch's tinygemm (bf16) and qcore's `cuda`, µs, 4 bits, group 128.
+"""Products of one linear on a GPU: fp16 torch.matmul, torch's tinygemm (bf16) and qcore's backends, µs, 4 bits, group 128.
 
-    python benchmarks/matmul.py [--json FILE] [--tokens 1,2,4] [--shapes 4096x4096]
+    python benchmarks/matmul.py [--json FILE] [--tokens 1,2,4] [--shapes 4096x4096] [--backends cuda,triton]
 
 Each figure is the time of one product in a CUDA graph that goes through so many copies of the weight that none is still in
 the L2 cache, the median of several replays: what a decoding model pays, without Python. Shapes are K x N. A copy of 1 GiB
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,23 +70,19 @@ def tinygemm(K: int, N: int) -> list[Product]:
     return products
 
 
-def ours(K: int, N: int) -> list[Product]:
-    """The backend as a QuantLinear calls it; one weight is packed, the others are copies of its buffers."""
-    backend = installed().get("backend", "cuda")
+def packed(name: str, K: int, N: int) -> list[Product]:
+    """A backend as a QuantLinear calls it; one weight is packed, the others are copies of its buffers."""
+    backend = installed().get("backend", name)
     config = QuantConfig(bits=4, group_size=128)
     spec = MatmulSpec(config, K, N, False, torch.float16, torch.device("cuda"))
     if reason := backend.unavailable() or backend.why_not(spec):
-        raise SystemExit(f"cuda: {reason}")
+        raise SystemExit(f"{name}: {reason}")
     first = backend.prepare(random_weight(N, K, config), spec)
     held = [first] + [{name: t.clone() for name, t in first.items()} for _ in range(copies(K * N / 2) - 1)]
     return [lambda x, b=b: backend.matmul(x, b, spec) for b in held]
 
 
-KINDS = {
-    "fp16": (fp16, torch.float16, 1 << 30),
-    "tinygemm": (tinygemm, torch.bfloat16, TINYGEMM_MAX),
-    "ours": (ours, torch.float16, 1 << 30),
-}
+KINDS = {"fp16": (fp16, torch.float16, 1 << 30), "tinygemm": (tinygemm, torch.bfloat16, TINYGEMM_MAX)}
 
 
 def check(product: Product, K: int, m: int) -> None:
@@ -93,7 +90,7 @@ def check(product: Product, K: int, m: int) -> None:
     x = torch.randn(m, K, device="cuda", dtype=torch.float16)
     first = product(x)
     if not (torch.equal(first, product(x)) and bool(first.isfinite().all())):
-        raise SystemExit(f"ours is not repeatable or not finite at K={K}, m={m}")
+        raise SystemExit(f"it is not repeatable or not finite at K={K}, m={m}")
 
 
 def copy_bandwidth() -> float:
@@ -104,19 +101,22 @@ def copy_bandwidth() -> float:
 
 
 @torch.inference_mode()
-def measure(shapes: list[tuple[int, int]], tokens: list[int]) -> dict[str, dict[str, list[float | None]]]:
+def measure(
+    shapes: list[tuple[int, int]], tokens: list[int], backends: list[str]
+) -> dict[str, dict[str, list[float | None]]]:
     """shape -> kind -> one figure per number of tokens."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for K, N in shapes:
         row = found[f"{K}x{N}"] = {}
-        for kind, (make, dtype, most) in KINDS.items():
+        kinds = KINDS | {name: (partial(packed, name), torch.float16, 1 << 30) for name in backends}
+        for kind, (make, dtype, most) in kinds.items():
             products = make(K, N)
             row[kind] = []
             for m in tokens:
                 if m > most:
                     row[kind].append(None)
                     continue
-                if kind == "ours":
+                if kind in backends:
                     check(products[0], K, m)
                 x = torch.randn(m, K, device="cuda", dtype=dtype)
                 calls = [lambda p=p, x=x: p(x) for p in products] * max(1, 40 // len(products))
@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES, help="K x N, separated by commas")
     parser.add_argument("--tokens", default=TOKENS, help="numbers of rows of x")
+    parser.add_argument("--backends", default="cuda,triton")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     shapes = [tuple(map(int, each.split("x"))) for each in arguments.shapes.split(",")]
@@ -141,7 +142,7 @@ def main() -> None:
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_TB_per_s": copy_bandwidth()}
     print(f"{facts['gpu']}, torch {facts['torch']}, copies at {facts['copy_TB_per_s']:.2f} TB/s; µs for m =")
     print(" " * 21 + "".join(f"{m:>8}" for m in tokens))
-    found = measure(shapes, tokens)
+    found = measure(shapes, tokens, arguments.backends.split(","))
     if arguments.json:
         arguments.json.write_text(json.dumps({**facts, "tokens": tokens, "microseconds": found}, indent=1))
 

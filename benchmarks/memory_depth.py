@@ -14,11 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-RUN = """
-import resource, sys, json, torch, qcore
+RUN = r"""
+import re, sys, json, torch, qcore
 tokens = [torch.randint(0, 1000, (256,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 qcore.quantize(sys.argv[1], "gptq", bits=4, group_size=128, calibration=tokens, output=sys.argv[2], device="cpu")
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+# not ru_maxrss: a child begins with its parent's, which made the model
+print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read()).group(1)) / 1024)
 """
 
 

@@ -18,7 +18,7 @@ from measuring import Bench, Clock, table, token_file, weights_of
 from safetensors.torch import load_file
 
 import qcore
-from qcore.cli import _pairs
+from qcore.cli import parse_options
 
 COLUMNS = ["method", "bits", "sym", "ppl_near", "ppl_far", "kl_near", "kl_far", "cpu_seconds"]
 
@@ -51,7 +51,7 @@ def main() -> None:
                     model = qcore.quantize(
                         str(bench.folder), name, bits=bits, group_size=64, sym=sym, calibration=tokens,
                         samples=len(tokens), seqlen=len(tokens[0]), device=arguments.device,
-                        **_pairs(tuple(options)),
+                        **parse_options(tuple(options)),
                     )  # fmt: skip
                 row = {"method": f"qcore {algorithm}", "bits": bits, "sym": sym, "cpu_seconds": clock.cpu}
                 rows.append({**row, **bench.measure(weights_of(model))})

@@ -16,22 +16,26 @@ _HOMES = {
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
     "backend": ("Backend", "MatmulSpec"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
-    "checkpoint": ("ModelFolder", "TensorExporter", "read_json"),
+    "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
     "config": ("Options", "Override", "QuantConfig"),
+    "conversion": ("convert",),
     "errors": (
         "BackendError",
         "CalibrationError",
         "CheckpointError",
         "ConfigError",
+        "EvaluationError",
         "ModelError",
         "PluginError",
         "QcoreError",
         "RunError",
     ),
+    "evaluation": ("EvalTask",),
     "exporter": ("Content", "Exporter", "LayerSpec"),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "linear": ("QuantLinear",),
-    "model": ("quiet_transformers",),
+    "model": ("quiet_transformers", "transposed_linears"),
+    "native": ("use_in_transformers",),
     "weight": ("QuantizedWeight",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,20 +61,24 @@ if TYPE_CHECKING:
     from .backend import MatmulSpec as MatmulSpec
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
+    from .checkpoint import FolderExporter as FolderExporter
     from .checkpoint import ModelFolder as ModelFolder
     from .checkpoint import TensorExporter as TensorExporter
     from .checkpoint import read_json as read_json
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
+    from .conversion import convert as convert
     from .errors import BackendError as BackendError
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
+    from .errors import EvaluationError as EvaluationError
     from .errors import ModelError as ModelError
     from .errors import PluginError as PluginError
     from .errors import QcoreError as QcoreError
     from .errors import RunError as RunError
+    from .evaluation import EvalTask as EvalTask
     from .exporter import Content as Content
     from .exporter import Exporter as Exporter
     from .exporter import LayerSpec as LayerSpec
@@ -78,6 +86,8 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl as hookimpl
     from .linear import QuantLinear as QuantLinear
     from .model import quiet_transformers as quiet_transformers
+    from .model import transposed_linears as transposed_linears
+    from .native import use_in_transformers as use_in_transformers
     from .weight import QuantizedWeight as QuantizedWeight
 
 

@@ -6,7 +6,7 @@ A declaration, not a class to inherit from. `discover` makes one by looking at a
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ class ModelAdapter:
     input; groups stand in order of use; `*` matches one part of a name; a name that a block lacks is skipped, so that
     one declaration can serve blocks that differ. before_blocks, after_blocks: modules that run before the first and
     after the last block (what must be in memory to start). Empty: everything outside the blocks.
+    keep_float: linears that are not quantized (routers), named as in linear_groups.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelAdapter:
     linear_groups: tuple[tuple[str, ...], ...]
     before_blocks: tuple[str, ...] = ()
     after_blocks: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)  # what `discover` assumed
 
     def find_blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -55,37 +57,50 @@ class ModelAdapter:
         return [(f"{self.blocks}.{index}", block) for index, block in enumerate(blocks)]
 
     def groups_in(self, block: nn.Module) -> list[tuple[str, ...]]:
-        """Return the groups of linears this block really has, as names inside the block.
+        """Return the groups of linears this block really has, as names inside the block, in the order they run.
 
         Raises ModelError when a linear of the block is in no group, or a group matches nothing at all.
         """
+        return [group for stage in self.stages_in(block) for group in stage]
+
+    def stages_in(self, block: nn.Module) -> list[list[tuple[str, ...]]]:
+        """Return the same groups, those that run side by side (one per value of `*`: experts) in one list.
+
+        Raises ModelError as `groups_in` does.
+        """
         present = linears_in(block)
-        groups: list[tuple[str, ...]] = []
-        for patterns in self.linear_groups:
-            for expanded in _expand(patterns, present):
-                if expanded:
-                    groups.append(expanded)
-        named = {name for group in groups for name in group}
-        missed = [name for name in present if name not in named]
-        if missed or not groups:
+        stages = [expanded for patterns in self.linear_groups if (expanded := _expand(patterns, present))]
+        named = {name for stage in stages for group in stage for name in group}
+        missed = [name for name in present if name not in named and not self.keeps_float(name)]
+        if missed or not stages:
             raise ModelError(
                 f"adapter {self.name!r} covers {name_list(sorted(named))} but the block has the linears "
-                f"{name_list(present, 20)}. Add the missing ones to linear_groups."
+                f"{name_list(present, 20)}. Add the missing ones ({name_list(missed, 4)}) to linear_groups."
             )
-        return groups
+        return stages
+
+    def keeps_float(self, name: str) -> bool:
+        """Whether a linear (named inside its block) is one that is never quantized."""
+        return any(_stars(pattern, name) is not None for pattern in self.keep_float)
 
 
 def _expand(patterns: Sequence[str], present: Sequence[str]) -> list[tuple[str, ...]]:
     """Give the names a group matches. With `*`, one group per value of the starred part (experts do not share)."""
     found: dict[tuple[str, ...], list[str]] = {}
     for pattern in patterns:
-        parts = pattern.split(".")
         for name in present:
-            pieces = name.split(".")
-            if len(pieces) == len(parts) and all(fnmatch.fnmatchcase(a, b) for a, b in zip(pieces, parts, strict=True)):
-                key = tuple(piece for piece, part in zip(pieces, parts, strict=True) if "*" in part)
-                found.setdefault(key, []).append(name)
+            stars = _stars(pattern, name)
+            if stars is not None:
+                found.setdefault(stars, []).append(name)
     return [tuple(names) for names in found.values()]
+
+
+def _stars(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What the starred parts of a pattern stand for in a name, or None when it does not match."""
+    parts, pieces = pattern.split("."), name.split(".")
+    if len(pieces) != len(parts) or not all(map(fnmatch.fnmatchcase, pieces, parts)):
+        return None
+    return tuple(piece for piece, part in zip(pieces, parts, strict=True) if "*" in part)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -102,27 +117,34 @@ def linears_in(block: nn.Module) -> list[str]:
 
 
 def find_block_list(model: nn.Module) -> str:
-    """Return the dotted name of the model's decoder blocks: the longest ModuleList of alike modules with linears.
+    """Return the dotted name of the model's decoder blocks: the ModuleList with the most weights in linears.
+
+    All of its modules must hold linears. A model of several towers (vision, text) is searched in its text decoder.
 
     Raises ModelError, saying what was looked for.
     """
     from torch import nn
 
     best: tuple[int, str] | None = None
+    decoder = text_decoder(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or not f"{name}.".startswith(decoder):
             continue
-        kinds = Counter(type(block) for block in module)
-        alike = kinds.most_common(1)[0][1] == len(module)
-        weight = sum(linear_size(sub) for block in module for sub in block.modules() if is_linear(sub))
-        if alike and weight and (best is None or weight > best[0]):
-            best = (weight, name)
+        sizes = [sum(linear_size(sub) for sub in block.modules() if is_linear(sub)) for block in module]
+        if all(sizes) and (best is None or sum(sizes) > best[0]):
+            best = (sum(sizes), name)
     if best is None:
         raise ModelError(
-            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList of modules of one class "
-            "that hold nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
+            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList all of whose modules hold "
+            "nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
         )
     return best[1]
+
+
+def text_decoder(model: nn.Module) -> str:
+    """The prefix of the names inside a model's text decoder, as the model itself tells it; empty for all of it."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def linear_size(module: nn.Module) -> int:
@@ -131,19 +153,69 @@ def linear_size(module: nn.Module) -> int:
     return int(weight.numel())
 
 
-def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[str]]]) -> ModelAdapter:
+def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[Sequence[str]]]]) -> ModelAdapter:
     """Make an adapter for a model nobody declared.
 
-    order_of_use: runs one forward pass and returns, for the block list of the given name, the groups of linears
-    that received the very same input, in the order they ran (blocks.py watches it).
+    order_of_use: runs one forward pass and returns, for each kind of block in the list of the given name, the groups of
+    linears that received the very same input, in the order they ran (blocks.py watches it).
     """
     blocks = find_block_list(model)
-    groups = tuple(tuple(group) for group in order_of_use(blocks))
-    shared = sum(len(group) for group in groups)
+    groups = _merge(
+        [[tuple(dict.fromkeys(map(_any_expert, group))) for group in kind] for kind in order_of_use(blocks)]
+    )
+    inside = [linears_in(block) for block in model.get_submodule(blocks).children()]
+    routers = tuple(dict.fromkeys(name for present in inside for name in present if _is_router(name, present)))
+    kept = [tuple(name for name in group if name not in routers) for group in groups]
+    decoder = text_decoder(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    beside = sum(linear_size(module) for name, module in named if not name.startswith(decoder))
+    shared = sum(len(group) for group in kept)
+    inputs = sum(1 for group in kept if group)
     return ModelAdapter(
         name="generic",
         model_types=(),
         blocks=blocks,
-        linear_groups=groups,
-        notes=(f"took {blocks!r} for the decoder blocks", f"saw {shared} linears with {len(groups)} distinct inputs"),
+        linear_groups=tuple(group for group in kept if group),
+        keep_float=routers,
+        notes=(
+            f"took {blocks!r} for the decoder blocks",
+            f"saw {shared} linears with {inputs} distinct inputs",
+            *(
+                [
+                    f"quantizes the language model, {decoder[:-1]!r}, only; {beside:,} weights of other parts stay in float"
+                ]
+                if beside
+                else []
+            ),
+            *([f"took {name_list(routers)} for routers, which stay in float"] if routers else []),
+        ),
     )
+
+
+def _merge(kinds: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Make one list of groups that is right for every kind of block: names share a group where no kind shows otherwise."""
+    merged: list[tuple[str, ...]] = []
+    for group in (group for kind in kinds for group in kind):
+        covered = {name for known in merged for name in known}
+        merged.append(tuple(name for name in group if name not in covered))
+    for kind in kinds:
+        number = {name: index for index, group in enumerate(kind) for name in reversed(group)}
+        split = [{number.get(name): None for name in group} for group in merged]
+        merged = [
+            tuple(name for name in group if number.get(name) == wanted)
+            for group, inputs in zip(merged, split, strict=True)
+            for wanted in inputs
+        ]
+    return merged
+
+
+def _any_expert(name: str) -> str:
+    """Put `*` for the number of an expert: mlp.experts.3.up_proj -> mlp.experts.*.up_proj."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name)
+
+
+def _is_router(name: str, present: Sequence[str]) -> bool:
+    """Whether a linear stands right beside experts: what routes to them or weighs a shared one."""
+    parent = name.rpartition(".")[0]
+    return any(other.startswith(f"{parent}.experts.".lstrip(".")) for other in present) and ".experts." not in name

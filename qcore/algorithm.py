@@ -54,13 +54,15 @@ class BlockContext(Protocol):
     seed: int
     linears: Mapping[str, Linear]  # by full name, in order of use
     groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
+    stages: Sequence[Sequence[tuple[str, ...]]]  # the same, those that run side by side (experts) in one
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.
 
-        x is [tokens, in_features] with padding removed, once per batch. Linears given by `replace` act with their
-        quantized weight. With `paired`, `visit(name, x, x_float)` also gets the same tokens' inputs in the
-        float model (needs `float_stream`). A batch stops as soon as every named linear has been seen.
+        x is [tokens, in_features] with padding removed, once per batch; its memory is used again after the visit, so copy
+        what is to be kept. Linears given by `replace` act with their quantized weight. With `paired`,
+        `visit(name, x, x_float)` also gets the same tokens' inputs in the float model (needs `float_stream`). A batch
+        stops as soon as every named linear has been seen.
         """
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
@@ -69,8 +71,29 @@ class BlockContext(Protocol):
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
         """Yield each batch's (hidden states, keyword arguments of the block, valid-token mask or None)."""
 
-    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run the block as it stands and return its hidden states."""
+    def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        """Return one of the batches that `batches` yields, for algorithms that visit them in an order of their own."""
+
+    def float_outputs(self) -> Sequence[Tensor]:
+        """Return the float model's hidden states after this block, batch by batch: what the quantized block should give.
+
+        Needs `float_stream`. The stream moves on with this call and is not computed again: what needs its inputs
+        (`observe` with `paired`, `batches` with `float_stream`) must come before.
+        """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> Tensor:
+        """Run the block and return its hidden states, as it stands or with other weights in the named linears.
+
+        weights: [out, in] by full name, whatever the module's own layout; gradients flow into them. compiled: through
+        torch.compile, for algorithms that run a block hundreds of times.
+        """
 
     def record(self, name: str, **facts: Any) -> None:
         """Put facts about a linear into the report: error (relative), note (anything a user should know)."""
@@ -114,6 +137,21 @@ class Algorithm(ABC):
         `qcore build-kernels` calls it on algorithms that override it. The others have none and raise BackendError.
         """
         raise BackendError(f"algorithm {cls.name!r} has no native code to build.")
+
+    @property
+    def batch_size(self) -> int | None:
+        """Calibration sequences per batch, where the algorithm needs a certain number; a user's own choice goes first."""
+        return None
+
+    @property
+    def blocks_at_once(self) -> int:
+        """How many consecutive blocks `quantize_block` gets as one; the last time fewer where that does not divide them."""
+        return 1
+
+    @property
+    def keep_on_host(self) -> bool:
+        """Whether hidden states stay in host memory between uses even where the device has room for them."""
+        return False
 
     @abstractmethod
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:

@@ -5,27 +5,43 @@ Each is a short list of steps; the steps live in the files this one imports.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .calibration import Calibration, CalibrationRequest, identify, prepare
-from .checkpoint import PROVENANCE, ModelFolder, check_output, complete_folder, disk_errors, read_json, resolve_model
+from .checkpoint import (
+    PROVENANCE,
+    ModelFolder,
+    check_output,
+    complete_folder,
+    disk_errors,
+    folder_config,
+    read_json,
+    resolve_model,
+)
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
-from .evaluation import measure, windows_of
+from .evaluation import EvalTask, measure, windows_of
+from .experts import unfuse
+from .explain import explain as describe_plan
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
     FolderWeights,
     ModuleWeights,
+    Names,
     compute_dtype,
     load_float,
     load_quantized,
@@ -49,12 +65,14 @@ from .run import (
     provenance,
     quantize_blocks,
     quantize_to_folder,
+    renamed,
 )
 from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"
 DEFAULT_FORMAT = "gptq"
-DEFAULT_CALIBRATION = "topics"
+DEFAULT_CALIBRATION = "topics,self"  # measured best without a network (docs/benchmarks.md)
+DEFAULT_CALIBRATION_OF_LARGE = "topics"  # sampling needs the float model whole
 
 
 @dataclass
@@ -66,6 +84,9 @@ class Info:
     files: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None  # config.json of the folder it came from
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
+    strangers: Mapping[str, Callable[[], Tensor]] = field(
+        default_factory=dict
+    )  # its tensors that the model does not know
 
 
 def quantize(
@@ -83,7 +104,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "auto",
     tokenizer: Any = None,
-    adapter: str | None = None,
+    adapter: str | ModelAdapter | None = None,
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
@@ -100,7 +121,7 @@ def quantize(
     bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
     calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
         pass (None: chosen by size). seed: for everything random.
-    device: "auto" takes a GPU when there is one. adapter: an adapter's name; None goes by the model's type.
+    device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
@@ -128,8 +149,12 @@ def quantize(
         working = compute_dtype(stored_dtype(folder), place)
         network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
-    weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     check_model(network, folder)
+    unfuse(network)
+    weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
+    if calibration is None:
+        fits = folder is None or target is None or _fits(folder, place)
+        calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     chosen = find_adapter(network, weights, plugins, place, adapter)
     job = Job(
         model=network,
@@ -141,21 +166,20 @@ def quantize(
         device=place,
         dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
         seed=seed,
-        batch_size=batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
+        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
         calibration=None,
         label=label,
         blocks=chosen.find_blocks(network),
     )
 
     def float_model() -> nn.Module:
-        if folder is None or target is None:
+        if folder is None or (target is None and place.type == "cpu"):
             return network
         return load_float(folder, trust_remote_code, job.dtype).to(place)
 
     def make_calibration() -> Calibration:
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
-        source = DEFAULT_CALIBRATION if calibration is None else calibration
-        return prepare(source, request, _vocabulary(network), plugins, _longest(network))
+        return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
 
     if target is None:
         if algorithm.uses_calibration:
@@ -166,9 +190,8 @@ def quantize(
     journal = Journal(target, fresh)
     try:
         if algorithm.uses_calibration:
-            source = identify(DEFAULT_CALIBRATION if calibration is None else calibration)
             asked = {
-                "source": source,
+                "source": identify(calibration),
                 "samples": samples,
                 "seqlen": seqlen,
                 "seed": seed,
@@ -222,6 +245,15 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def _fits(folder: ModelFolder, device: torch.device) -> bool:
+    """Whether the float model takes at most half of the device's memory, so that it can be brought in whole."""
+    width = compute_dtype(stored_dtype(folder), device).itemsize
+    size = sum(math.prod(info.shape) for info in folder.tensors.values()) * width
+    if device.type == "cuda":
+        return size <= torch.cuda.get_device_properties(device).total_memory / 2
+    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
 def _longest(model: nn.Module) -> int | None:
     """The longest sequence the model's positions reach, where its config tells."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
@@ -238,6 +270,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
+    unknown = _unknown(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
     for _, results, found in quantize_blocks(job, None, _announce(plugins)):
         records += found
@@ -248,17 +281,30 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
-    job.model.qcore_info = _info(report, tokenizer, job.model, folder)  # type: ignore[assignment]
+    job.model.qcore_info = _info(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
     plugins.call("qcore_run_finished", report=report)
     return job.model
 
 
-def _info(report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None) -> Info:
+def _info(
+    report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
+) -> Info:
     if folder is None:
         return Info(report, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
     dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes)
+    strangers = {key: partial(folder.tensor, key) for key in unknown}
+    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
+
+
+def _unknown(model: nn.Module, available: Iterable[str]) -> list[str]:
+    """Tensors of a checkpoint that this model has no parameter for."""
+    available = list(available)
+    known = {
+        *match_keys(model, available, partial=True).values(),
+        *(getattr(model, "all_tied_weights_keys", None) or ()),
+    }
+    return [key for key in available if key not in known]
 
 
 class _CompactSource:
@@ -295,24 +341,37 @@ def save(
 @contextmanager
 def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     """A quantized model in memory as the neutral stream that formats write."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    names = Names(model)
+    linears = {
+        names.layer_on_disk(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
     if not linears:
         raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
     info: Info = getattr(model, "qcore_info", None) or Info({})
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {name for name, _ in linears.values()}
     state = {
-        name: tensor
+        names.on_disk(name): (name, tensor)
         for name, tensor in model.state_dict().items()
-        if name not in tied and name.rpartition(".")[0] not in linears
+        if name not in tied and name.rpartition(".")[0] not in quantized
     }
 
-    def weight(name: str) -> QuantizedWeight:
-        exact: QuantizedWeight = linears[name].weight_source()
-        stored = info.dtypes.get(
-            f"{name}.bias"
-        )  # half types are computed with in float32 on a CPU, and saved as they were
+    def weight(key: str) -> QuantizedWeight:
+        name, module = linears[key]
+        exact: QuantizedWeight = module.weight_source()
+        stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
         return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
 
+    def tensor(key: str) -> Tensor:
+        if key in info.strangers:
+            return info.strangers[key]()
+        name, value = state[key]
+        assert isinstance(value, Tensor)
+        return value.to(info.dtypes.get(name, value.dtype))
+
+    description = {k: v for k, v in info.report.items() if k != "layers"}
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
     config.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -326,15 +385,13 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
         yield Content(
             config=config,
             layers={
-                name: LayerSpec(name, module.config, module.in_features, module.out_features, module.spec.act_order)
-                for name, module in linears.items()
+                key: LayerSpec(key, module.config, module.in_features, module.out_features, module.spec.act_order)
+                for key, (_, module) in linears.items()
             },
             weight=weight,
-            tensors=list(state),
-            tensor=lambda name: state[name].to(info.dtypes.get(name, state[name].dtype)),
-            provenance=provenance(
-                {k: v for k, v in info.report.items() if k != "layers"}, info.report.get("layers", [])
-            ),
+            tensors=[*state, *info.strangers],
+            tensor=tensor,
+            provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
             files=files,
         )
 
@@ -345,7 +402,7 @@ def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter
     Raises CheckpointError when it is not quantized, or no installed format reads it.
     """
     plugins = plugins or installed()
-    config = ModelFolder(folder).config
+    config = folder_config(folder)
     exporters: dict[str, Exporter] = plugins.usable("format")
     for exporter in exporters.values():
         if exporter.detects(folder, config):
@@ -391,8 +448,10 @@ def load(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
+    found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
-    network.qcore_info = _info(report, tokenizer, network, ModelFolder(folder))  # type: ignore[assignment]
+    files = content.source or ModelFolder(folder)
+    network.qcore_info = _info(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
 
 
@@ -419,19 +478,20 @@ def open_any(
         info: Info | None = getattr(model, "qcore_info", None)
         return model.eval(), info.tokenizer if info else None
     path = resolve_model(str(model), plugins)
-    folder = ModelFolder(path)
     place = pick_device(device)
-    if folder.config.get("quantization_config"):
+    if folder_config(path).get("quantization_config"):
         network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins)
     else:
+        folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
     return network, load_tokenizer(path, trust_remote_code)
 
 
 def evaluate(
     model: nn.Module | str | Path,
-    text: str | Tensor,
+    text: str | Tensor | None = None,
     *,
+    task: str | EvalTask | None = None,
     reference: nn.Module | str | Path | None = None,
     seqlen: int = 512,
     windows: int | None = None,
@@ -439,19 +499,50 @@ def evaluate(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     plugins: Plugins | None = None,
+    **params: Any,
 ) -> dict[str, float]:
-    """Measure perplexity, and KL divergence to a reference model, on held-out text.
+    """Measure a model on held-out text (perplexity, and KL divergence to a reference model), or by an evaluation task.
 
     text: a string, or token ids. windows: how many to use at most. See qcore.evaluation for the definitions.
+    task: an evaluation task in place of text: its name, NAME:ARGUMENT for tasks that take one, or an EvalTask; its
+        options go in as further keywords (`qcore tasks` lists them).
 
-    Returns {"perplexity": …, "kl": …, "reference_perplexity": …, "windows": …, "seqlen": …, "tokens": …}.
+    Returns {"perplexity": …, "kl": …, "reference_perplexity": …, "windows": …, "seqlen": …, "tokens": …}; or the task's
+    metrics, each again as "reference_…" where a reference is given.
+
+    Example: `qcore.evaluate("out", task="language_modeling", data_name_or_path="chats.jsonl", reference="demo")`
     """
+    plugins = plugins or installed()
+    if task is not None:
+        chosen, argument = _task(task, text, plugins)
+        options = chosen.Params.parse(params, f"task {chosen.name!r}")
+    elif text is None or params:
+        what = f"no option {next(iter(params))!r} without a task" if params else "nothing to measure on"
+        raise ConfigError(f"evaluate has {what}. Give text, or task= and its options (`qcore tasks` lists them).")
     network, own_tokenizer = open_any(model, device, trust_remote_code, plugins)
     other, other_tokenizer = (None, None)
     if reference is not None:
         other, other_tokenizer = open_any(reference, device, trust_remote_code, plugins)
-    ids = windows_of(text, tokenizer or own_tokenizer or other_tokenizer, seqlen, windows)
-    return measure(network, ids, other)
+    tokenizer = tokenizer or own_tokenizer or other_tokenizer
+    if task is None:
+        assert text is not None
+        return measure(network, windows_of(text, tokenizer, seqlen, windows), other)
+    result = chosen.run(network, tokenizer, options, argument)
+    if other is not None:
+        before = chosen.run(other, tokenizer, options, argument)
+        result = {**result, **{f"reference_{name}": value for name, value in before.items()}}
+    return result
+
+
+def _task(task: str | EvalTask, text: Any, plugins: Plugins) -> tuple[EvalTask, str]:
+    """Return the task meant, and what stands behind the colon of its name."""
+    if text is not None:
+        raise ConfigError("text and task= exclude each other: a task brings its own data.")
+    if isinstance(task, EvalTask):
+        return task, ""
+    name, _, argument = task.partition(":")
+    found: EvalTask = plugins.get("task", name)
+    return found, argument
 
 
 def report(model: nn.Module | str | Path) -> dict[str, Any]:
@@ -472,6 +563,40 @@ def report(model: nn.Module | str | Path) -> dict[str, Any]:
     return read_json(path / PROVENANCE)
 
 
+def explain(
+    model: str | Path,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    overrides: Sequence[Override | str | Mapping[str, Any]] = (),
+    samples: int = 128,
+    seqlen: int = 2048,
+    adapter: str | None = None,
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    plugins: Plugins | None = None,
+) -> dict[str, Any]:
+    """Return what `quantize` would do with a model, see `qcore.explain.explain`; nothing is quantized.
+
+    Raises what `quantize` would raise for the model.
+    """
+    plugins = plugins or installed()
+    folder = ModelFolder(resolve_model(str(model), plugins))
+    if folder.config.get("quantization_config"):
+        check_model(nn.Module(), folder)
+    return describe_plan(
+        folder,
+        plugins,
+        pick_device(device),
+        config=QuantConfig.parse({"bits": bits, "group_size": group_size}, "explain"),
+        overrides=[_override(each) for each in overrides],
+        samples=samples,
+        seqlen=seqlen,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any]:
     """Describe a quantized folder: format, sizes, bits per weight, every layer, where it came from.
 
@@ -479,7 +604,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
     """
     path = Path(folder)
     exporter, content = open_content(path, plugins)
-    files = ModelFolder(path)
+    files = content.source or ModelFolder(path)
     weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())
     floats = set(content.tensors)
     quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)
@@ -504,4 +629,15 @@ def _bytes(info: Any) -> int:
     return int(torch.Size(info.shape).numel()) * int(info.dtype.itemsize)
 
 
-__all__ = ["QcoreError", "content_of", "evaluate", "inspect", "load", "open_content", "quantize", "report", "save"]
+__all__ = [
+    "QcoreError",
+    "content_of",
+    "evaluate",
+    "explain",
+    "inspect",
+    "load",
+    "open_content",
+    "quantize",
+    "report",
+    "save",
+]

@@ -7,9 +7,11 @@ that algorithms see.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from .adapter import is_linear, linears_in
 from .algorithm import Linear
 from .config import QuantConfig
 from .errors import ModelError, RunError
+from .experts import Experts
 from .linear import set_weight, weight_of
 from .weight import QuantizedWeight
 
 #: outputs of finished parts of one block kept between replays, so that they are not computed again
 MEMO_BYTES = 2 * 10**9
+#: an expert that gets fewer tokens than this share of its columns is calibrated on all tokens
+FEW_TOKENS = 0.25
 
 
 @dataclass
@@ -58,8 +63,8 @@ def capture(
     Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
     """
     stumbled: list[Exception] = []
-    for as_tuple in (False, True):
-        recorders = [_Recorder(block, as_tuple) for block in blocks]
+    for width in (0, 1, 2, 3):  # a block returns its hidden states plainly, or first in a tuple
+        recorders = [_Recorder(block, width) for block in blocks]
         stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
         try:
             for block, recorder in zip(blocks, recorders, strict=True):
@@ -85,7 +90,7 @@ def capture(
         finally:
             for block in blocks:
                 del block.forward
-    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 2 else ""
+    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 4 else ""
     raise ModelError(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
         f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
@@ -103,16 +108,16 @@ def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -
 class _Recorder:
     """Stands in for a block's forward: notes the call and passes the hidden states on untouched."""
 
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, width: int) -> None:
         self.signature = inspect.signature(type(block).forward)
-        self.as_tuple, self.stop = as_tuple, False
+        self.width, self.stop = width, False
         self.call: tuple[Tensor, dict[str, Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.call = split_call(self.signature, args, kwargs)
         if self.stop:
             raise _Enough
-        return (self.call[0],) if self.as_tuple else self.call[0]
+        return (self.call[0], *[None] * (self.width - 1)) if self.width else self.call[0]
 
 
 def split_call(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -160,6 +165,15 @@ def _reuse(value: Any, previous: Any) -> Any:
     return value
 
 
+class Span(nn.ModuleDict):
+    """Consecutive blocks that run as one, by their names in the model's list; each has keyword arguments of its own."""
+
+    def forward(self, hidden: Tensor, **kwargs: dict[str, Any]) -> Tensor:
+        for name, block in self.items():
+            hidden = _run(block, {}, hidden, kwargs[name])
+        return hidden
+
+
 @dataclass
 class Block:
     """One decoder block under work; implements algorithm.BlockContext (see there)."""
@@ -171,6 +185,7 @@ class Block:
     seed: int
     linears: Mapping[str, Linear]
     groups: Sequence[tuple[str, ...]]
+    stages: Sequence[Sequence[tuple[str, ...]]]
     stream: Stream | None
     float_inputs: Stream | None
     kwargs: list[dict[str, Any]]
@@ -179,10 +194,62 @@ class Block:
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+    _float_moved_on: bool = False  # float_inputs hold this block's outputs already
+
+    @torch.no_grad()
+    def widen_starved(self) -> None:
+        """Let experts that too few calibration tokens are routed to be calibrated on all tokens, and record which.
+
+        Too few is less than FEW_TOKENS times the columns of their linears: most directions would go unseen.
+        """
+        for name, module in self.module.named_modules():
+            if isinstance(module, Experts) and self.stream is not None:
+                counts, total = self._routed(module)
+                for index in range(len(counts)):
+                    prefix = f"{self.name}.{name}.{index}."
+                    mine = [linear for linear in self.linears if linear.startswith(prefix)]
+                    columns = max((self.linears[linear].weight.shape[1] for linear in mine), default=0)
+                    if counts[index] < FEW_TOKENS * columns:
+                        module.widened.add(index)
+                        for linear in mine:
+                            self.record(
+                                linear, note=f"{counts[index]} of {total} tokens routed here: calibrated on all"
+                            )
+
+    def _routed(self, experts: Experts) -> tuple[list[int], int]:
+        """How many calibration tokens each expert gets, and how many there are."""
+        counts, total = [0] * len(experts), 0
+        for hidden, kwargs, mask in self.batches():
+
+            def note(_: nn.Module, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
+                nonlocal total
+                chosen = _tokens(args[1], mask)  # [tokens, k]
+                total += len(chosen)
+                for index in range(len(counts)):
+                    counts[index] += int((chosen == index).sum())
+                raise _Enough
+
+            hook = experts.register_forward_pre_hook(note)
+            try:
+                self.forward(hidden, kwargs)
+            except _Enough:
+                pass
+            finally:
+                hook.remove()
+        return counts, total
+
+    def narrow(self) -> None:
+        """Undo `widen_starved`."""
+        for module in self.module.modules():
+            if isinstance(module, Experts) and module.widened:
+                module.widened.clear()
+                self._memo.clear()  # it holds outputs for all tokens
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
             raise RunError("paired observation needs an algorithm with float_stream.")
+        if paired:
+            self._source(float_stream=True)
         for number, (hidden, kwargs, mask) in enumerate(self.batches()):
             seen = self._inputs(names, hidden, kwargs, mask, number)
             if not paired:
@@ -226,15 +293,44 @@ class Block:
         return next(i for i, group in enumerate(self.groups) if name in group)
 
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        for number in range(len(self._source(float_stream).hidden)):
+            yield self.batch(number, float_stream=float_stream)
+
+    def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        hidden = self._source(float_stream).hidden[number].to(self.device)
+        return hidden, _own(self.kwargs[number], self.device), self.masks[number]
+
+    def _source(self, float_stream: bool) -> Stream:
         source = self.float_inputs if float_stream else self.stream
         if source is None:
             raise RunError("this algorithm asked for calibration data it did not declare.")
-        for hidden, kwargs, mask in zip(source.hidden, self.kwargs, self.masks, strict=True):
-            yield hidden.to(self.device), _own(kwargs, self.device), mask
+        if float_stream and self._float_moved_on:
+            raise RunError("the float stream's inputs of this block are gone: float_outputs was called before.")
+        return source
 
-    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        output = self.module(hidden, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+    def float_outputs(self) -> Sequence[Tensor]:
+        if not self._float_moved_on:
+            source = self._source(float_stream=True)
+            with self.original_weights():
+                self.advance(source, original=True)
+            self._float_moved_on = True
+        assert self.float_inputs is not None
+        return self.float_inputs.hidden
+
+    def forward(
+        self,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> Tensor:
+        layouts = {}
+        for name, weight in (weights or {}).items():
+            short = name.removeprefix(f"{self.name}.")
+            layouts[f"{short}.weight"] = weight if isinstance(self._module(name), nn.Linear) else weight.t()
+        run = _compiled_run() if compiled else _run
+        return run(self.module, layouts, hidden, kwargs)
 
     def record(self, name: str, **facts: Any) -> None:
         self.records[name].update(facts)
@@ -258,7 +354,7 @@ class Block:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
             mask = self.masks[number]
-            if not bool(torch.isfinite(output if mask is None else output[mask.to(output.device)]).all()):
+            if not bool(torch.isfinite(_tokens(output, mask)).all()):
                 raise RunError(
                     f"the hidden states after block {self.name} hold NaN or Inf"
                     f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
@@ -301,10 +397,28 @@ class Block:
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
 
 
+def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Call a block with some parameters replaced; knows no block by name, so that one compilation serves all."""
+    if weights:
+        output = torch.func.functional_call(module, weights, (hidden,), kwargs)
+    else:
+        output = module(hidden, **kwargs)
+    return _first_output(output)
+
+
+@cache
+def _compiled_run() -> Callable[..., Tensor]:
+    return torch.compile(_run)
+
+
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it."""
+    """Flatten inputs to [tokens, in], leaving padding out where the layout still shows it: [batch, length, in], [length,
+    batch, in] (ChatGLM) or [batch * length, in].
+    """
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.to(x.device)]
+    if mask is not None and x.shape[:-1] == mask.t().shape:
+        return x[mask.t().to(x.device)]
     if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1).to(x.device)]
     return x.reshape(-1, x.shape[-1])
@@ -357,18 +471,28 @@ class _Memoised:
             calls += 1
             if calls > 1:  # a part used twice in one pass has two inputs
                 return compute(module, *args, **kwargs)
+            if self.batch in kept and kept[self.batch][1] != _versions(kept[self.batch][0]):
+                return compute(module, *args, **kwargs)  # the block wrote into it (Falcon adds to its MLP's output)
             if self.batch not in kept:
                 output = compute(module, *args, **kwargs)
                 for outputs in inner:
-                    self.block.memo_bytes += _size(outputs.pop(self.batch, None))
+                    self.block.memo_bytes += _size(outputs.pop(self.batch, (None,))[0])
                 size = _size(output)
                 if size > self.block.memo_bytes:
                     return output
                 self.block.memo_bytes -= size
-                kept[self.batch] = output
-            return kept[self.batch]
+                kept[self.batch] = output, _versions(output)
+            return kept[self.batch][0]
 
         return forward
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor of a nested value was written into."""
+    if isinstance(value, Tensor):
+        return [value._version]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [version for item in items for version in _versions(item)]
 
 
 def _size(value: Any) -> int:
@@ -384,17 +508,21 @@ def make_block(
     index: int,
     name: str,
     module: nn.Module,
-    groups: Sequence[tuple[str, ...]],
+    stages: Sequence[Sequence[tuple[str, ...]]],
     plan: Mapping[str, QuantConfig | None],
     dtype_of: Callable[[str], torch.dtype],
     captured: Captured | None,
+    kwargs: list[dict[str, Any]],
     float_inputs: Stream | None,
     device: torch.device,
     seed: int,
 ) -> Block:
-    """Set up a block whose weights are in memory. Linears whose plan is None stay out of `linears` and `groups`."""
+    """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
+
+    Linears whose plan is None stay out of `linears` and `groups`.
+    """
     linears: dict[str, Linear] = {}
-    for group in groups:
+    for group in (group for stage in stages for group in stage):
         for short in group:
             full = f"{name}.{short}"
             config = plan[full]
@@ -403,7 +531,11 @@ def make_block(
                 bias = getattr(linear, "bias", None)
                 bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{full}.bias"))
                 linears[full] = Linear(full, weight_of(linear).detach().contiguous(), bias, config)
-    named = [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in groups]
+    named = [
+        [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in stage]
+        for stage in stages
+    ]
+    planned = [[group for group in stage if group] for stage in named]
     return Block(
         index=index,
         name=name,
@@ -411,32 +543,64 @@ def make_block(
         device=device,
         seed=seed + index,
         linears=linears,
-        groups=[group for group in named if group],
+        groups=[group for stage in planned for group in stage],
+        stages=[stage for stage in planned if stage],
         stream=captured.stream if captured else None,
         float_inputs=float_inputs,
-        kwargs=captured.kwargs[index] if captured else [],
+        kwargs=kwargs,
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
     )
 
 
 @torch.no_grad()
-def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
+def check_causal(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], model: str) -> None:
+    """Raise ModelError when what a block makes of the first tokens depends on the last one. hidden: one sequence."""
+    changed = hidden.clone()
+    changed.view(-1, hidden.shape[-1])[-1].neg_()
+    first, second = (_first_output(module(x, **kwargs)) for x in (hidden.clone(), changed))
+    earlier = [x.reshape(-1, x.shape[-1])[:-1].float() for x in (first, second)]
+    if float((earlier[0] - earlier[1]).norm()) > 1e-2 * float(earlier[0].norm()):
+        raise ModelError(
+            f"{model} is no causal language model: in its block {type(module).__name__} earlier tokens see later ones. "
+            "qcore quantizes causal ones; if this is a decoder run as an encoder, look for is_decoder in its config."
+        )
 
-    Linears that did not run (experts no token went to) come last, each alone.
-    """
-    inputs: list[tuple[Tensor, list[str]]] = []
+
+def _first_output(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
+
+
+@contextlib.contextmanager
+def all_experts(module: nn.Module) -> Iterator[None]:
+    """Within it every expert runs, on every token."""
+    found = [experts for experts in module.modules() if isinstance(experts, Experts)]
+    for experts in found:
+        experts.widened.update(range(len(experts)))
+    try:
+        yield
+    finally:
+        for experts in found:
+            experts.widened.clear()
+
+
+@torch.no_grad()
+def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
+    """Run one block and number the inputs of its linears, which stand in the order they ran; equal numbers: one tensor."""
+    inputs: list[tuple[Tensor, int]] = []
+    numbers: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            for known, names in inputs:
-                if known.data_ptr() == x.data_ptr() and known.shape[-1] == x.shape[-1] and known.numel() == x.numel():
-                    if name not in names:
-                        names.append(name)
+            for number, (known, version) in enumerate(inputs):
+                same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
+                if same and known.shape[-1] == x.shape[-1]:
+                    numbers.setdefault(name, number)
                     return
-            inputs.append((x, [name]))  # holding x keeps its memory from being reused under another input
+            inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
+            numbers.setdefault(name, len(inputs) - 1)
 
         return note
 
@@ -446,6 +610,16 @@ def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    groups = [tuple(names) for _, names in inputs]
-    ran = {name for group in groups for name in group}
-    return groups + [(name,) for name in linears_in(module) if name not in ran]
+    return numbers
+
+
+def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
+
+    Linears that did not run (experts no token went to) come last, each alone.
+    """
+    numbers = inputs_of(module, hidden, kwargs)
+    groups: dict[int, list[str]] = {}
+    for name, number in numbers.items():
+        groups.setdefault(number, []).append(name)
+    return [*map(tuple, groups.values()), *((name,) for name in linears_in(module) if name not in numbers)]

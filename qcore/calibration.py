@@ -92,7 +92,8 @@ def prepare(
     """Turn whatever the caller gave as calibration into sequences.
 
     source: a dataset plugin's name, a path to a text or JSON-lines file, a mixture "a:2,b" or {"a": 2, "b": 1}, a
-    list of strings, a list of token-id sequences (or dicts with input_ids and attention_mask), or a `datasets`
+    list of strings, an iterable of token-id sequences (or dicts with input_ids and attention_mask) or of batches of them
+    [b, length], such as a DataLoader, or a `datasets`
     dataset with a "text" column. A hub name "org/name" is opened with the `datasets` library.
     longest: the longest sequence the model takes; seqlen is cut to it.
 
@@ -226,7 +227,19 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
         raise CalibrationError(f"calibration {name!r} is empty. Give at least one text or token sequence.")
     if all(isinstance(row, str) for row in rows):
         return _pack_text(rows, request, name)
-    return _take_tokens(rows, request, name)
+    return _take_tokens([row for batch in rows for row in _rows_of(batch)], request, name)
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Take apart what a data loader yields: tensors [b, length], or mappings of them."""
+    if isinstance(batch, Tensor) and batch.ndim == 2:
+        return list(batch)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return [batch]
+    mask = batch.get("attention_mask")
+    masks = [None] * len(ids) if mask is None else list(mask)
+    return [{"input_ids": row, "attention_mask": kept} for row, kept in zip(ids, masks, strict=False)]
 
 
 def _pack_text(texts: list[str], request: CalibrationRequest, name: str) -> tuple[list[TokenSequence], dict[str, Any]]:

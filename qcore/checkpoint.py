@@ -118,6 +118,28 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+def folder_config(path: Path) -> dict[str, Any]:
+    """Return a model folder's config.json.
+
+    Raises ModelError when there is none, CheckpointError when it cannot be read.
+    """
+    if not path.is_dir():
+        raise ModelError(f"there is no folder {path}. Give a folder, a hub name or a model file.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    check_inside(path / "config.json", path)
+    return read_json(path / "config.json")
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of a model folder; the hub's cache, whose files are links, counts as one with its blobs."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path} is a link out of the folder, to {path.resolve()}. Copy the file if it is meant.")
+
+
 class ModelFolder:
     """A Hugging Face model folder in safetensors, read tensor by tensor.
 
@@ -126,12 +148,7 @@ class ModelFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_dir():
-            raise ModelError(f"there is no folder {path}. Give a folder, a hub name or a model file.")
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
-        self.config = read_json(path / "config.json")
+        self.path, self.config = path, folder_config(path)
         self.tensors = self._index()
 
     def _files(self) -> list[str]:
@@ -165,6 +182,7 @@ class ModelFolder:
                 raise CheckpointError(f"{self.path}: shard name {file!r} leaves the folder.")
             if not path.is_file():
                 raise CheckpointError(f"{self.path}: shard {file} named by {INDEX} is missing.")
+            check_inside(path, self.path)
             with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
                     if name in tensors:
@@ -196,9 +214,12 @@ class ModelFolder:
 
     def carried_files(self) -> dict[str, Path]:
         """Small files that belong to the model whatever its weights: tokenizer, templates, generation config, code."""
-        return {
+        found = {
             file.name: file for file in sorted(self.path.iterdir()) if file.is_file() and _CARRIED.fullmatch(file.name)
         }
+        for file in found.values():
+            check_inside(file, self.path)
+        return found
 
     def size(self) -> int:
         """Bytes of all weight files."""
@@ -312,12 +333,35 @@ def check_output(target: Path) -> None:
             raise CheckpointError(f"output {target} cannot be made: {target.parent} is not writable.")
 
 
-class TensorExporter(Exporter):
-    """Base of formats that keep each quantized linear as a few named tensors in safetensors.
+def refuse(exporter: Exporter, content: Content) -> None:
+    """Raise CheckpointError when a format cannot hold the linears of a model, going by their specs."""
+    for layer in content.layers.values():
+        reason = exporter.why_not(layer)
+        if reason:
+            raise CheckpointError(f"format {exporter.name!r} cannot hold {layer.name}: {reason}.")
+    layers = list(content.layers.values())
+    reason = exporter.why_not_model(content.config) or exporter.why_not_together(layers)
+    if reason:
+        raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
 
-    Subclasses map one layer to tensors and back (`encode`, `decode`), say which layers a folder holds (`layers_in`)
-    and write the config (`quantization_config`). Saving streams, carries along every other tensor, and then proves
-    itself: the folder is reopened and every weight compared bit for bit.
+
+def compare(content: Content, again: Content, folder: Path) -> None:
+    """Raise CheckpointError unless what was read back holds the same linears, bit for bit, and the same other tensors."""
+    if set(again.layers) != set(content.layers):
+        raise CheckpointError(f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back.")
+    for name in content.layers:
+        difference = content.weight(name).difference(again.weight(name))
+        if difference:
+            raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
+    if set(again.tensors) != set(content.tensors):
+        odd = sorted(set(again.tensors) ^ set(content.tensors))
+        raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(odd)}.")
+
+
+class FolderExporter(Exporter):
+    """Base of formats that write each quantized linear as a few named tensors in safetensors.
+
+    Saving streams, carries along every other tensor, and then proves itself (`verify`).
     """
 
     shard_bytes: int = 5 * 10**9
@@ -325,6 +369,56 @@ class TensorExporter(Exporter):
     @abstractmethod
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return full tensor name -> tensor, bias left out."""
+
+    @abstractmethod
+    def config(self, content: Content) -> dict[str, Any]:
+        """Return the whole config.json."""
+
+    @abstractmethod
+    def verify(self, content: Content, folder: Path) -> None:
+        """Read back what was written; raise CheckpointError when it differs."""
+
+    def extra_files(self, content: Content) -> dict[str, Any]:
+        """Further JSON files this format wants, name -> object."""
+        return {}
+
+    def save(self, content: Content, folder: Path) -> None:
+        """Write config, shards, carried files and provenance, then verify."""
+        refuse(self, content)
+        expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
+        writer = ShardWriter(folder, expected, self.shard_bytes)
+        for name in content.layers:
+            weight = content.weight(name)
+            reason = self.why_not_exact(weight)
+            if reason:
+                raise CheckpointError(f"format {self.name!r} cannot hold {name}: {reason}.")
+            for key, tensor in self.encode(name, weight).items():
+                writer.add(key, tensor)
+            if weight.bias is not None:
+                writer.add(f"{name}.bias", weight.bias)
+        for name in content.tensors:
+            writer.add(name, content.tensor(name))
+        writer.close()
+        write_json(folder / "config.json", self.config(content))
+        for file, value in {PROVENANCE: dict(content.provenance), **self.extra_files(content)}.items():
+            write_json(folder / file, value)
+        carry_files(content, folder)
+        self.verify(content, folder)
+
+
+def carry_files(content: Content, folder: Path) -> None:
+    """Copy the small files that belong to a model into a folder."""
+    with disk_errors(f"copying into {folder}"):
+        for file, source in content.files.items():
+            shutil.copyfile(source, folder / file)
+
+
+class TensorExporter(FolderExporter):
+    """Base of formats that keep each quantized linear as a few named tensors in safetensors, both ways.
+
+    Subclasses map one layer to tensors and back (`encode`, `decode`), say which layers a folder holds (`layers_in`)
+    and write the config (`quantization_config`). What is saved is reopened and every weight compared bit for bit.
+    """
 
     @abstractmethod
     def layers_in(self, folder: ModelFolder, quantization: Mapping[str, Any]) -> dict[str, LayerSpec]:
@@ -340,9 +434,9 @@ class TensorExporter(Exporter):
     def quantization_config(self, content: Content) -> dict[str, Any]:
         """Return what stands in config.json under quantization_config."""
 
-    def extra_files(self, content: Content) -> dict[str, Any]:
-        """Further JSON files this format wants, name -> object."""
-        return {}
+    def config(self, content: Content) -> dict[str, Any]:
+        """See FolderExporter."""
+        return {**content.config, "quantization_config": self.quantization_config(content)}
 
     def notes(
         self, folder: ModelFolder, layers: Mapping[str, LayerSpec], quantization: Mapping[str, Any]
@@ -355,44 +449,9 @@ class TensorExporter(Exporter):
         quantization = config.get("quantization_config")
         return isinstance(quantization, dict) and quantization.get("quant_method") == self.name
 
-    def save(self, content: Content, folder: Path) -> None:
-        """Write config, shards, carried files and provenance, then verify."""
-        for layer in content.layers.values():
-            reason = self.why_not(layer)
-            if reason:
-                raise CheckpointError(f"format {self.name!r} cannot hold {layer.name}: {reason}.")
-        expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
-        writer = ShardWriter(folder, expected, self.shard_bytes)
-        for name in content.layers:
-            weight = content.weight(name)
-            for key, tensor in self.encode(name, weight).items():
-                writer.add(key, tensor)
-            if weight.bias is not None:
-                writer.add(f"{name}.bias", weight.bias)
-        for name in content.tensors:
-            writer.add(name, content.tensor(name))
-        writer.close()
-        write_json(folder / "config.json", {**content.config, "quantization_config": self.quantization_config(content)})
-        for file, value in {PROVENANCE: dict(content.provenance), **self.extra_files(content)}.items():
-            write_json(folder / file, value)
-        with disk_errors(f"copying into {folder}"):
-            for file, source in content.files.items():
-                shutil.copyfile(source, folder / file)
-        self._verify(content, folder)
-
-    def _verify(self, content: Content, folder: Path) -> None:
-        again = self.open(folder)
-        if list(again.layers) != list(content.layers) and set(again.layers) != set(content.layers):
-            raise CheckpointError(
-                f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back."
-            )
-        for name in content.layers:
-            difference = content.weight(name).difference(again.weight(name))
-            if difference:
-                raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
-        if set(again.tensors) != set(content.tensors):
-            odd = sorted(set(again.tensors) ^ set(content.tensors))
-            raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(odd)}.")
+    def verify(self, content: Content, folder: Path) -> None:
+        """See FolderExporter."""
+        compare(content, self.open(folder), folder)
 
     def open(self, folder: Path) -> Content:
         """Open a folder: headers are read and checked now, tensors when asked for."""
@@ -412,21 +471,16 @@ class TensorExporter(Exporter):
             except KeyError as error:
                 raise CheckpointError(f"{folder}: layer {name} has no tensor {error}.") from error
 
-        provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-        records = provenance.get("layers", [])
-        if not isinstance(records, list) or not all(
-            isinstance(record, dict) and isinstance(record.get("name"), str) for record in records
-        ):
-            raise CheckpointError(f"{folder / PROVENANCE}: layers is no list of objects with a name.")
         return Content(
             config={key: value for key, value in files.config.items() if key != "quantization_config"},
             layers=layers,
             weight=weight,
             tensors=[name for name in files.tensors if name not in owned],
             tensor=files.tensor,
-            provenance=provenance,
+            provenance=read_provenance(folder),
             files=files.carried_files(),
             notes=self.notes(files, layers, quantization),
+            source=files,
         )
 
     def read_quantization(self, folder: ModelFolder) -> dict[str, Any]:
@@ -435,6 +489,20 @@ class TensorExporter(Exporter):
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{folder.path}/config.json has no quantization_config object.")
         return quantization
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """How a folder was made, as far as it says so."""
+    provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    records = provenance.get("layers", [])
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and isinstance(record.get("name"), str) for record in records
+    ):
+        raise CheckpointError(f"{folder / PROVENANCE}: layers is no list of objects with a name.")
+    skipped = provenance.get("skipped", [])
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise CheckpointError(f"{folder / PROVENANCE}: skipped is no list of names.")
+    return provenance
 
 
 def _parts(name: str, folder: ModelFolder) -> dict[str, str]:

@@ -80,7 +80,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     plugins.manager.register(progress)
     try:
         with progress:
-            api.quantize(model, output=output, format=format_, **settings, **_pairs(options))
+            api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
@@ -98,7 +98,7 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
         _show_summary(output, report, found)
 
 
-def _pairs(options: tuple[str, ...]) -> dict[str, Any]:
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text."""
     pairs = {}
     for option in options:
@@ -212,27 +212,61 @@ def _show_summary(output: Path, report: dict[str, Any], found: dict[str, Any]) -
 
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="File of held-out text.")
-@click.option("--reference", metavar="MODEL", help="Model to measure the KL divergence to.")
-@click.option("--seqlen", default=512, show_default=True, help="Tokens per window.")
-@click.option("--windows", type=int, help="Use at most this many windows.")
+@click.option("--text", type=click.Path(path_type=Path), help="File of held-out text: perplexity and KL divergence.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME[:ARGUMENT]", help="Task; see `qcore tasks`; repeatable.")
+@click.option("--data", metavar="FILE|NAME", help="The tasks' data: .jsonl, .json, .csv, or a hub name.")
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the tasks; repeatable.")
+@click.option("--reference", metavar="MODEL", help="Model to compare with, for instance the one before quantization.")
+@click.option("--seqlen", default=512, show_default=True, help="Tokens per window of --text.")
+@click.option("--windows", type=int, help="Use at most this many windows of --text.")
 @device_option
 @trust_option
 @json_option
-def evaluate(model: str, text: Path, as_json: bool, **settings: Any) -> None:
-    """Measure perplexity, and KL divergence to a reference, on held-out text."""
+def evaluate(model: str, text: Path | None, tasks: tuple[str, ...], data: str | None, options: tuple[str, ...],
+             seqlen: int, windows: int | None, as_json: bool, **settings: Any) -> None:  # fmt: skip
+    """Measure MODEL on held-out text or by tasks, beside a reference where one is given."""
     from . import api
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {text} cannot be read as UTF-8 text: {error}") from None
-    result = api.evaluate(model, content, **settings)
+    if text is None and not tasks:
+        raise ConfigError("nothing to measure on: give --text FILE, --task NAME, or both (`qcore tasks` lists them).")
+    params = parse_options(options) | ({"data_name_or_path": data} if data else {})
+    if params and not tasks:
+        raise ConfigError("--data and --set are for tasks: give --task NAME as well.")
+    results: dict[str, dict[str, float]] = {}
+    if text is not None:
+        results["text"] = api.evaluate(model, _read_text(text), seqlen=seqlen, windows=windows, **settings)
+    for task in tasks:
+        results[task] = api.evaluate(model, task=task, **settings, **params)
     if as_json:
-        click.echo(json.dumps(result))
-    else:
-        for name, value in result.items():
-            click.echo(f"{name:22}{value:.4f}" if isinstance(value, float) else f"{name:22}{value}")
+        click.echo(json.dumps(results if tasks else results["text"]))
+        return
+    for name, result in results.items():
+        if tasks:
+            click.echo(name)
+        _show_result(result)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _show_result(result: Mapping[str, float]) -> None:
+    """One line per metric; the reference's value, where there is one, beside it."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+
+    compared = {name for name in result if f"reference_{name}" in result}
+    pairs = {
+        n: result.get(f"reference_{n}") for n in result if n.removeprefix("reference_") not in compared or n in compared
+    }
+    if any(value is not None for value in pairs.values()):
+        click.echo(f"{'':22}{'model':>12}{'reference':>12}")
+    for name, before in pairs.items():
+        click.echo(f"{name:22}{shown(result[name]):>12}{shown(before):>12}".rstrip())
 
 
 @cli.command()
@@ -276,6 +310,30 @@ def inspect(folder: Path, as_json: bool) -> None:
         )
     for note in found["notes"]:
         click.echo(f"note: {note}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
+@click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
+@json_option
+def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) -> None:
+    """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
+    from . import api, conversion
+
+    conversion.convert(model, output, format_, lossy=lossy)
+    report = api.report(output)
+    lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "format": format_, **report["converted"]}))
+        return
+    for name, facts in lost.items():
+        grid = facts.get("kept") or f"{facts['bits']} bits, group {facts['group_size']}"
+        click.echo(f"changed: {name}: {grid}, relative error {facts['error']:.2g}")
+    click.echo(
+        f"{output}: {report['converted']['from']} to {format_}, {f'{len(lost)} linears changed' if lost else 'exact'}"
+    )
 
 
 @cli.command("build-kernels")
@@ -338,6 +396,69 @@ def _listing(kind: str | None, as_json: bool) -> None:
     _table(columns, [[row[key] for key in keys] for row in rows])
 
 
+@cli.command()
+@click.option(
+    "--explain", metavar="MODEL", help="Show the plan for a model instead: blocks, groups, what stays in float."
+)
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
+@click.option("--group-size", default=128, show_default=True)
+@click.option("--samples", default=128, show_default=True)
+@click.option("--seqlen", default=2048, show_default=True)
+@click.option("--adapter", help="Model adapter; by default the one of the model's type.")
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="As for `qcore quantize`.")
+@device_option
+@trust_option
+@json_option
+def models(explain: str | None, as_json: bool, overrides: tuple[str, ...], **settings: Any) -> None:
+    """List the declared model adapters (any other causal model gets the generic one), or explain one model."""
+    if explain is None:
+        _listing("model", as_json)
+        return
+    from . import api
+
+    plan = api.explain(explain, overrides=overrides, **settings)
+    if as_json:
+        click.echo(json.dumps(plan))
+    else:
+        _show_plan(plan)
+
+
+def _show_plan(plan: Mapping[str, Any]) -> None:
+    rows = []
+    for kind in plan["kinds"]:
+        where = _ranges(kind["blocks"])
+        for number, group in enumerate(kind["groups"], 1):
+            for linear in group["linears"]:
+                times = f"{group['times']} experts" if group["times"] > 1 else ""
+                rows.append([where, str(number), linear["linear"], "x".join(map(str, linear["shape"])), times])
+                where = ""
+    title = f"{plan['model_type']}: adapter {plan['adapter']}, {plan['blocks']} blocks"
+    _table(["blocks", "input", "linear (of one input: the same number)", "shape", ""], rows, title)
+    for note in plan["assumed"]:
+        click.echo(f"generic adapter: {note}")
+    click.echo(f"quantized: {plan['quantized']:,} weights")
+    for kept in plan["float"]:
+        click.echo(
+            f"in float: {kept['weights']:,} weights in {kept['tensors']} tensors, {kept['why']}; {kept['example']}"
+        )
+    click.echo(f"size: {plan['size'] / 1e6:.1f} MB now, about {plan['size_quantized'] / 1e6:.1f} MB then")
+    click.echo(
+        f"a run into a folder: at least {plan['memory'] / 1e9:.2f} GB for the largest block and the hidden states, at least "
+        f"{plan['seconds_forward']:.1f} s of forward passes here; what the algorithm needs comes on top"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write block numbers short: 0, 2-5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
 def _listing_command(name: str, kind: str | None, text: str) -> None:
     @cli.command(name, help=text)
     @json_option
@@ -347,10 +468,10 @@ def _listing_command(name: str, kind: str | None, text: str) -> None:
 
 _listing_command("plugins", None, "List every plugin: what it offers, where it comes from, whether it works.")
 _listing_command("algorithms", "algorithm", "List the algorithms.")
-_listing_command("models", "model", "List the declared model adapters; any other causal model gets the generic one.")
 _listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")
+_listing_command("tasks", "task", "List the evaluation tasks.")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ class PluginError(QcoreError):
     """A plugin that is missing, broken, disabled or offered twice."""
 
 
+class NotOfferedError(PluginError, ConfigError):
+    """A name that no working plugin offers: most often a misspelled argument."""
+
+
 class ModelError(QcoreError):
     """A model that cannot be opened, or whose structure or weights do not allow quantizing."""
 
@@ -28,6 +32,10 @@ class CheckpointError(QcoreError):
 
 class CalibrationError(QcoreError):
     """Calibration text or tokens that cannot be used."""
+
+
+class EvaluationError(QcoreError):
+    """Evaluation data that cannot be used."""
 
 
 class BackendError(QcoreError):

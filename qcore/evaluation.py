@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence over non-overlapping windows.
+"""Perplexity and KL divergence over non-overlapping windows, and what an evaluation task is.
 
 Definitions, so that figures compare with other tools': the text is tokenized once with the tokenizer's defaults and
 cut into windows of `seqlen` tokens, the incomplete last one dropped. Within a window every token but the first is predicted from
@@ -9,13 +9,33 @@ positions of KL(reference || model) in nats. Logits are compared in float32.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .config import Options
 from .errors import CalibrationError, ConfigError, ModelError
+
+
+class EvalTask(ABC):
+    """Base of every evaluation task plugin: measures a model, float or quantized, and returns numbers.
+
+    Params: the options, validated before anything runs; they reach `run` as `params`.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+    Params: ClassVar[type[Options]] = Options
+
+    @abstractmethod
+    def run(self, model: nn.Module, tokenizer: Any, params: Any, argument: str = "") -> dict[str, float]:
+        """Return the metrics by name. Must leave the model and the process's random state as they were.
+
+        tokenizer: the model's, or None. argument: what stands behind the colon where a task is named `NAME:ARGUMENT`.
+        """
 
 
 def windows_of(text: str | Tensor, tokenizer: Any, seqlen: int, limit: int | None = None) -> Tensor:

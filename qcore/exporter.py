@@ -17,6 +17,7 @@ from .config import QuantConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .checkpoint import ModelFolder
     from .weight import QuantizedWeight
 
 
@@ -41,6 +42,7 @@ class Content:
     provenance: how it was quantized (algorithm, parameters, calibration, per-layer records); free of times.
     files: small files to carry along (tokenizer, generation config, chat template), name in the folder -> path.
     notes: what a reader should be told about the source (a mislabelled zero-point convention, say).
+    source: the model folder it was opened from, which knows dtypes and sizes; None for a model in memory.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +53,7 @@ class Content:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    source: ModelFolder | None = None
 
 
 class Exporter(ABC):
@@ -58,10 +61,28 @@ class Exporter(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
+    #: what stands as `quant_method` in the config of its folders, for transformers
+    quant_methods: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def why_not(self, layer: LayerSpec) -> str | None:
-        """Why this format cannot hold a linear exactly, or None."""
+        """Why this format cannot hold a linear of such a shape and grid exactly, or None."""
+
+    def why_not_together(self, layers: Sequence[LayerSpec]) -> str | None:
+        """Why it cannot hold these linears in one model (one grid for all, say), or None."""
+        return None
+
+    def why_not_model(self, config: Mapping[str, Any]) -> str | None:
+        """Why it cannot hold a model with this config.json, or None."""
+        return None
+
+    def why_not_exact(self, weight: QuantizedWeight) -> str | None:
+        """Why it cannot hold the values of a weight whose spec it can hold, or None."""
+        return None
+
+    def nearest(self, weight: QuantizedWeight) -> QuantizedWeight | None:
+        """The nearest weight it can hold, for a conversion allowed to lose; None leaves it to be rounded again."""
+        return None
 
     @abstractmethod
     def save(self, content: Content, folder: Path) -> None:

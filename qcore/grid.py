@@ -25,7 +25,8 @@ def num_groups(in_features: int, group_size: int) -> int:
 def group_index(in_features: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return g_idx int32 [in_features]: the group of each column when groups are consecutive."""
     columns = torch.arange(in_features, dtype=torch.int32, device=device)
-    return torch.zeros_like(columns) if group_size == -1 else columns // group_size
+    whole = group_size == -1 or group_size >= in_features  # a size from a file may be beyond int32
+    return torch.zeros_like(columns) if whole else columns // group_size
 
 
 def symmetric_zero(bits: int) -> int:

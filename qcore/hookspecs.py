@@ -5,7 +5,8 @@ A plugin is a module (or any object) named by an entry point of the group `qcore
     [project.entry-points.qcore]
     mine = "my_package.my_module"
 
-with functions marked `@qcore.hookimpl`. The hooks that offer something return a list and do no work. A module may set
+with functions marked `@qcore.hookimpl`. The hooks that offer something return a list and do no work: they are called once, when
+plugins are first needed, and what they return is kept. A module may set
 `PLUGIN_API_VERSION = 1` to state which version of this page it was written for.
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .algorithm import Algorithm
     from .backend import Backend
     from .calibration import CalibrationDataset
+    from .evaluation import EvalTask
     from .exporter import Exporter
 
 PLUGIN_API_VERSION = 1
@@ -32,27 +34,32 @@ hookimpl = pluggy.HookimplMarker("qcore")
 
 @hookspec
 def qcore_algorithms() -> list[type[Algorithm]]:  # type: ignore[empty-body]
-    """Offer algorithms, as classes. Called when one is looked up or listed."""
+    """Offer algorithms, as classes; an instance is made, with the options given, for each run."""
 
 
 @hookspec
 def qcore_model_adapters() -> list[ModelAdapter]:  # type: ignore[empty-body]
-    """Offer model adapters. Called when a model is opened; `model_types` decides which serves it."""
+    """Offer model adapters; `model_types` decides which one serves a model that is opened."""
 
 
 @hookspec
 def qcore_backends() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer kernel backends, as instances. Called when a quantized layer is built."""
+    """Offer kernel backends, as instances; each quantized layer is built on the best that can serve it."""
 
 
 @hookspec
 def qcore_exporters() -> list[Exporter]:  # type: ignore[empty-body]
-    """Offer formats, as instances. Called when a model is saved, loaded or converted."""
+    """Offer formats, as instances: what models are saved in, loaded from and converted to."""
 
 
 @hookspec
 def qcore_calibration_datasets() -> list[CalibrationDataset]:  # type: ignore[empty-body]
-    """Offer named sources of calibration text or tokens, as instances. Called when a dataset is named."""
+    """Offer named sources of calibration text or tokens, as instances."""
+
+
+@hookspec
+def qcore_eval_tasks() -> list[EvalTask]:  # type: ignore[empty-body]
+    """Offer evaluation tasks, as instances: what `qcore.evaluate(task=…)` and `qcore eval --task` measure a model by."""
 
 
 @hookspec(firstresult=True)

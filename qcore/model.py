@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backend import Backend
 from .checkpoint import ModelFolder
 from .errors import CheckpointError, ModelError, name_list
+from .experts import Piece, conversions, pieces_of, unfuse
 from .exporter import Content
 from .linear import QuantLinear, replace_module, weight_of
 
@@ -45,26 +46,69 @@ def load_config(folder: ModelFolder, trust_remote_code: bool) -> Any:
 
 
 def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """Build the model with parameters on the meta device and real buffers; nothing large is allocated."""
+    """Build the model with parameters on the meta device and real buffers, fused experts taken apart; nothing large is
+    allocated.
+    """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{folder.path} is an encoder-decoder model ({config.model_type}); qcore quantizes causal ones."
-        )
+    auto = auto_class(config, str(folder.path))
     with (
         _transformers_errors(f"the model of {folder.path}"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = auto.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
         )
-    return model.eval()
+    return unfuse(model.eval())
+
+
+def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of the linears that the model keeps transposed (Conv1D), going by its config.
+
+    A model_type that transformers does not know has code of its own, which is not run; its linears are taken for nn.Linear.
+    """
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        return frozenset()
+    with _transformers_errors(f"a config of model_type {kind!r}"), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+    conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return frozenset(conv.intersection(names))
+
+
+def auto_class(config: Any, what: str) -> Any:
+    """Return the transformers class that opens a model: a causal language model, or one that also sees images.
+
+    Raises ModelError for encoder-decoder models and for those that are no language model at all.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    refuse_encoder_decoder(config, what)
+    known = {"AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
+    known["AutoModelForImageTextToText"] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    for name, mapping in known.items():
+        if type(config) in mapping or name in (getattr(config, "auto_map", None) or {}):
+            return getattr(transformers, name)
+    raise ModelError(
+        f"{what} is a model of type {config.model_type!r}, for which transformers has no causal language model "
+        "(AutoModelForCausalLM, AutoModelForImageTextToText); qcore quantizes those."
+    )
+
+
+def refuse_encoder_decoder(config: Any, what: str) -> None:
+    """Raise ModelError when a config is that of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what} is an encoder-decoder model ({config.model_type}); qcore quantizes causal ones.")
 
 
 def stored_dtype(folder: ModelFolder) -> torch.dtype:
@@ -79,12 +123,20 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
 
 
 def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """Open a float model whole, by transformers itself."""
-    from transformers import AutoModelForCausalLM
+    """Open a float model whole, by transformers itself.
 
-    load_config(folder, trust_remote_code)  # refuses remote code in our own words
+    A model with code of its own is filled here instead: transformers 5 makes every model without memory and leaves the
+    buffers that old code computed when it was made (rotary tables, masks) as it finds them, which is garbage.
+    """
+    auto = auto_class(load_config(folder, trust_remote_code), str(folder.path))
+    if trust_remote_code and "auto_map" in folder.config:
+        own = skeleton(folder, trust_remote_code, dtype)
+        if not type(own).__module__.startswith("transformers."):
+            FolderWeights(own, folder).bring("", torch.device("cpu"), dtype or stored_dtype(folder))
+            own.tie_weights()  # type: ignore[operator]
+            return own
     with _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = auto.from_pretrained(
             folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
         )
     return model.eval()
@@ -122,9 +174,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
 def _transformers_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except (
-        Exception
-    ) as error:  # a damaged config makes transformers stumble anywhere: ZeroDivisionError, its own kinds, …
+    except Exception as error:  # a damaged config makes transformers stumble anywhere, with errors of any kind
         raise ModelError(f"transformers cannot open {what}: {str(error).strip() or type(error).__name__}") from error
 
 
@@ -149,9 +199,11 @@ class FolderWeights:
 
     def __init__(self, model: nn.Module, folder: ModelFolder) -> None:
         self.model, self.folder = model, folder
-        self.keys = match_keys(model, folder.tensors)
+        self.keys, self.pieces = _locate(model, folder.tensors)
         for name, key in self.keys.items():
             shape, found = tuple(_get(model, name).shape), folder.tensors[key].shape
+            if name in self.pieces:
+                found = tuple(self.pieces[name].take(torch.empty(found, device="meta")).shape)
             if shape != found:
                 raise CheckpointError(
                     f"{folder.path}/{folder.tensors[key].file}: tensor {key} has shape {list(found)}, "
@@ -161,11 +213,16 @@ class FolderWeights:
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """See Weights. Every floating weight is checked for NaN and Inf on the way."""
         prefix = f"{name}." if name else ""
-        wanted = {self.keys[full]: full for full in self.keys if full == name or full.startswith(prefix)}
+        wanted: dict[str, list[str]] = {}
+        for full, key in self.keys.items():
+            if full == name or full.startswith(prefix):
+                wanted.setdefault(key, []).append(full)
         for key, tensor in self.folder.read(wanted):
             check_finite(tensor, key)
             target = dtype if tensor.is_floating_point() else tensor.dtype
-            _set(self.model, wanted[key], tensor.to(device, target))
+            tensor = tensor.to(device, target)
+            for full in wanted[key]:
+                _set(self.model, full, self.part(full, tensor))
         module = self.model.get_submodule(name)
         for submodule in module.modules():
             for key, buffer in submodule.named_buffers(recurse=False):
@@ -182,6 +239,14 @@ class FolderWeights:
     def dtype_of(self, parameter: str) -> torch.dtype:
         """See Weights."""
         return self.folder.tensors[self.keys[parameter]].dtype
+
+    def part(self, parameter: str, tensor: Tensor) -> Tensor:
+        """Return a parameter's part of the tensor it is stored in: all of it, or one expert's piece of a fused one."""
+        return self.pieces[parameter].take(tensor) if parameter in self.pieces else tensor
+
+    def tensor(self, parameter: str) -> Tensor:
+        """Read one parameter as it is stored."""
+        return self.part(parameter, self.folder.tensor(self.keys[parameter]))
 
 
 class ModuleWeights:
@@ -224,22 +289,80 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ModelError(f"{name} holds {bad} values that are NaN or Inf; the model file is damaged or diverged.")
 
 
+class Names:
+    """How a model's tensors are called on disk, where transformers renames them while loading (embed_out -> lm_head).
+
+    Folders are written with the names on disk: those that other programs read.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+        rules = [rule for rule in conversions(model) if isinstance(rule, WeightRenaming)]
+        self._rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+        self._back = [rule.reverse_transform() for rule in reversed(self._rules)]
+        self._own = set(model.state_dict())
+
+    def in_model(self, key: str) -> str:
+        """The model's name of a tensor on disk."""
+        return key if key in self._own else _apply(self._rules, key)
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a model's tensor; its own where the rules do not lead back."""
+        key = _apply(self._back, name)
+        return key if _apply(self._rules, key) == name else name
+
+    def layer_in_model(self, layer: str) -> str:
+        """As `in_model`, for a linear: rules may ask for the `.weight`."""
+        return self.in_model(f"{layer}.weight").removesuffix(".weight")
+
+    def layer_on_disk(self, layer: str) -> str:
+        """As `on_disk`, for a linear."""
+        return self.on_disk(f"{layer}.weight").removesuffix(".weight")
+
+
+def _apply(rules: list[Any], name: str) -> str:
+    for rule in rules:
+        name = rule.rename_source_key(name)[0]
+    return name
+
+
 def match_keys(model: nn.Module, available: Iterable[str], partial: bool = False) -> dict[str, str]:
     """Map the model's parameter and persistent buffer names to a checkpoint's tensor names.
 
-    A checkpoint of the bare base model lacks the prefix ("transformer."), one of a wrapper may carry it; both are
-    understood. Tied parameters may be absent, and with `partial` any other.
+    A checkpoint of the bare base model lacks the prefix ("transformer."), one of a wrapper may carry it, and some have
+    names that transformers changes; all are understood. Tied parameters may be absent, and with `partial` any other. The
+    linears of experts that a checkpoint keeps fused all map to the fused tensor.
 
     Raises ModelError naming parameters that have no tensor.
     """
-    names = set(available)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return _locate(model, available, partial)[0]
+
+
+def _locate(
+    model: nn.Module, available: Iterable[str], partial: bool = False
+) -> tuple[dict[str, str], dict[str, Piece]]:
+    """Return name -> tensor name, and name -> piece for those that are part of a fused tensor."""
+    names, prefix = Names(model), f"{getattr(model, 'base_model_prefix', '')}."
+    tensors: dict[str, str] = {}
+    for key in available:
+        tensors.setdefault(names.in_model(key), key)
+    tensors |= {key: key for key in available}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    pieces = pieces_of(model)
+
+    def find(name: str) -> str | None:
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        return next((tensors[spelling] for spelling in spellings if spelling in tensors), None)
+
     keys: dict[str, str] = {}
+    fused: dict[str, Piece] = {}
     missing = []
     for name in model.state_dict():
-        without = name.removeprefix(prefix)
-        found = next((key for key in (name, without, prefix + name) if key in names), None)
+        found = find(name)
+        if found is None and name in pieces:
+            found = find(pieces[name].fused)
+            fused |= {name: pieces[name]} if found else {}
         if found is not None:
             keys[name] = found
         elif name not in tied and not _is_buffer(model, name):
@@ -249,7 +372,7 @@ def match_keys(model: nn.Module, available: Iterable[str], partial: bool = False
             f"the checkpoint has no tensor for {len(missing)} parameters of {type(model).__name__}: "
             f"{name_list(missing, 5)}. It is incomplete or of another architecture."
         )
-    return keys
+    return keys, fused
 
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
@@ -291,37 +414,41 @@ def load_quantized(
     dtype: of everything that is not quantized; None keeps what is stored, float32 in place of half on a CPU.
     device_map: as in accelerate ("auto" or a mapping); it overrides `device`.
     """
-    files = ModelFolder(folder)
+    files = content.source or ModelFolder(folder)
     floats = {name: files.tensors[name] for name in content.tensors}
     stored = stored_dtype(files)
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
-    places = _Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
-    for name, layer in content.layers.items():
+    places = Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
+    names = Names(model)
+    layers = {names.layer_in_model(key): key for key in content.layers}
+    for name, key in layers.items():
+        layer = content.layers[key]
         try:
             shape = list(weight_of(model.get_submodule(name)).shape)
         except AttributeError:
-            raise CheckpointError(f"{folder}: quantized layer {name} is not in {type(model).__name__}.") from None
+            raise CheckpointError(f"{folder}: quantized layer {key} is not in {type(model).__name__}.") from None
         if shape != [layer.out_features, layer.in_features]:
             raise CheckpointError(
-                f"{folder}: quantized layer {name} has shape {[layer.out_features, layer.in_features]}, "
+                f"{folder}: quantized layer {key} has shape {[layer.out_features, layer.in_features]}, "
                 f"the model asks for {shape}."
             )
         replace_module(model, name, nn.Identity())
-    keys = match_keys(model, floats)
+    keys, pieces = _locate(model, floats)
     for name, key in keys.items():
         tensor = content.tensor(key)
         check_finite(tensor, key)
+        tensor = pieces[name].take(tensor) if name in pieces else tensor
         if tensor.shape != _get(model, name).shape:
             raise CheckpointError(
                 f"{folder}: tensor {key} has shape {list(tensor.shape)}, the model asks for {list(_get(model, name).shape)}."
             )
         _set(model, name, tensor.to(places(name), target if tensor.is_floating_point() else tensor.dtype))
     model.tie_weights()  # type: ignore[operator]
-    for name in content.layers:
+    for name, key in layers.items():
         place = places(name)
-        weight = content.weight(name).to(place)
-        source = _WeightSource(content, name)
+        weight = content.weight(key).to(place)
+        source = WeightSource(content, key)
         replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
     for module_name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -334,7 +461,7 @@ def load_quantized(
     return model.eval().requires_grad_(False)
 
 
-class _WeightSource:
+class WeightSource:
     """Reads a layer's exact weight from the content it came from, whenever asked."""
 
     def __init__(self, content: Content, name: str) -> None:
@@ -344,7 +471,7 @@ class _WeightSource:
         return self.content.weight(self.name)
 
 
-class _Placement:
+class Placement:
     """Tells the device of each parameter, by the longest matching prefix of a device map."""
 
     def __init__(self, device_map: Mapping[str, Any]) -> None:

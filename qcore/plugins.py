@@ -18,7 +18,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError, QcoreError, name_list, suggest
+from .errors import NotOfferedError, PluginError, QcoreError, name_list, suggest
 
 #: hook that offers a kind -> the kind's name, as users see it
 KINDS = MappingProxyType(
@@ -28,6 +28,7 @@ KINDS = MappingProxyType(
         "qcore_backends": "backend",
         "qcore_exporters": "format",
         "qcore_calibration_datasets": "dataset",
+        "qcore_eval_tasks": "task",
     }
 )
 
@@ -38,6 +39,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
     from .algorithm import Algorithm
     from .backend import Backend
     from .calibration import CalibrationDataset
+    from .evaluation import EvalTask
     from .exporter import Exporter
 
     kinds: dict[str, tuple[type, bool]] = {
@@ -46,6 +48,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
         "backend": (Backend, False),
         "format": (Exporter, False),
         "dataset": (CalibrationDataset, False),
+        "task": (EvalTask, False),
     }
     return kinds[kind]
 
@@ -142,11 +145,12 @@ class Plugins:
     def get(self, kind: str, name: str) -> Any:
         """Return the offer of that kind and name.
 
-        Raises PluginError when nobody offers it (with close matches and the plugins that failed or are disabled) or more than one does.
+        Raises NotOfferedError when nobody offers it (with close matches and the plugins that failed or are disabled) and
+        PluginError when more than one does.
         """
         offers = self.offers(kind)
         if name not in offers:
-            raise PluginError(f"no {kind} is called {name!r}. {suggest(name, offers)}{self._absent()}")
+            raise NotOfferedError(f"no {kind} is called {name!r}. {suggest(name, offers)}{self._absent()}")
         return self._sole(f"{kind} {name!r}", offers[name])
 
     def call(self, hook: str, **facts: Any) -> list[Any]:
@@ -177,13 +181,16 @@ class Plugins:
 
         Raises PluginError when two claim it.
         """
-        claims = [
+        claims = self._claims(model_type)
+        return self._sole(f"model type {model_type!r}", claims) if claims else None
+
+    def _claims(self, model_type: str) -> list[tuple[Plugin, Any]]:
+        return [
             (plugin, adapter)
             for plugin in self.all
             for kind, _, adapter in plugin.offers
             if kind == "model" and model_type in adapter.model_types
         ]
-        return self._sole(f"model type {model_type!r}", claims) if claims else None
 
     def _sole(self, what: str, claims: list[tuple[Plugin, Any]]) -> Any:
         if len(claims) > 1:
@@ -204,9 +211,15 @@ class Plugins:
         for plugin in self.all:
             source = {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
             state = {"status": plugin.status, "reason": plugin.reason}
-            for kind, name, _ in plugin.offers or [("", "", None)]:
+            for kind, name, offer in plugin.offers or [("", "", None)]:
                 clash = len(self.offers(kind).get(name, ())) > 1
                 note = {"status": "clash", "reason": "offered by more than one plugin"} if clash else state
+                shared = [each for each in getattr(offer, "model_types", ()) if len(self._claims(each)) > 1]
+                if shared and not clash:
+                    note = {
+                        "status": "clash",
+                        "reason": f"model type {name_list(shared)} is claimed by more than one plugin",
+                    }
                 rows.append({"kind": kind, "name": name, **source, **note})
         return sorted(rows, key=lambda row: (row["kind"], row["name"], row["distribution"], row["plugin"]))
 

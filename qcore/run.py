@@ -33,7 +33,7 @@ from .config import Override, QuantConfig, resolve
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear
-from .model import FolderWeights, Weights, compute_dtype
+from .model import FolderWeights, Names, Weights, compute_dtype, refuse_encoder_decoder
 from .plugins import Plugins
 from .weight import QuantizedWeight
 
@@ -104,9 +104,15 @@ def plan_linears(
 
 
 def find_adapter(
-    model: nn.Module, weights: Weights, plugins: Plugins, device: torch.device, wanted: str | None = None
+    model: nn.Module,
+    weights: Weights,
+    plugins: Plugins,
+    device: torch.device,
+    wanted: str | ModelAdapter | None = None,
 ) -> ModelAdapter:
-    """Return the adapter by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    """Return the adapter given, the one by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    if isinstance(wanted, ModelAdapter):
+        return wanted
     if wanted == "generic":
         return discover_adapter(model, weights, device)
     if wanted is not None:
@@ -120,24 +126,23 @@ def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -
     """Watch one short forward pass through every kind of block the model has."""
     dtype = compute_dtype(_model_dtype(model), device)
 
-    def order_of_use(blocks_name: str) -> list[tuple[str, ...]]:
+    def order_of_use(blocks_name: str) -> list[list[tuple[str, ...]]]:
         blocks = list(model.get_submodule(blocks_name).children())
         ids = torch.arange(8).reshape(1, 8) % _vocabulary(model)
         captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
-        groups: list[tuple[str, ...]] = []
-        seen: set[tuple[str, ...]] = set()
+        kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
         for index, block in enumerate(blocks):
-            shape = tuple(name for name, _ in block.named_modules())
-            if shape in seen:
+            kind = tuple(name for name, _ in block.named_modules())
+            if kind in kinds:
                 continue
-            seen.add(shape)
             name = f"{blocks_name}.{index}"
             weights.bring(name, device, dtype)
             kwargs = walk._own(captured.kwargs[index][0], device)
-            found = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
-            groups += [group for group in found if group not in groups]
+            walk.check_causal(block, captured.stream.hidden[0].to(device), kwargs, type(model).__name__)
+            with walk.all_experts(block):
+                kinds[kind] = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
             weights.let_go(name)
-        return groups
+        return list(kinds.values())
 
     return discover(model, order_of_use)
 
@@ -163,6 +168,7 @@ def capture_inputs(
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     device: torch.device,
     dtype: torch.dtype,
+    keep_on_host: bool = False,
 ) -> walk.Captured:
     """Bring in what stands before the blocks, record the blocks' inputs, and let go again."""
     brought: list[str] = []
@@ -171,7 +177,7 @@ def capture_inputs(
             if _has_module(model, name):
                 brought.append(name)
                 weights.bring(name, device, dtype)
-        keep_on = _activation_device(model, batches, device, dtype)
+        keep_on = torch.device("cpu") if keep_on_host else _activation_device(model, batches, device, dtype)
         return walk.capture(model, blocks, batches, device, keep_on)
     finally:
         for name in brought:
@@ -224,40 +230,64 @@ def quantize_blocks(
         batches = job.calibration.batches(job.batch_size)
         adapter = job.adapter
         captured = capture_inputs(
-            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype
-        )
+            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype,
+            job.algorithm.keep_on_host,
+        )  # fmt: skip
         if job.algorithm.float_stream:
             float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
-    for index, (name, module) in enumerate(job.blocks):
+    at_once = job.algorithm.blocks_at_once
+    for first in range(0, len(job.blocks), at_once):
+        indices = list(range(first, min(first + at_once, len(job.blocks))))
         try:
-            job.weights.bring(name, job.device, job.dtype)
-            groups = job.adapter.groups_in(module)
-            dtype_of = job.weights.dtype_of
-            block = walk.make_block(
-                index, name, module, groups, job.linears, dtype_of, captured, float_inputs, job.device, job.seed
-            )
-            restored = journal.read_block(index) if journal else None
-            if restored is not None:
-                results, records = restored
-            else:
-                results, records = _quantize(job, block)
-                if journal:
-                    journal.write_block(index, results, records)
-                finished(index, records)
-            if captured is not None and index + 1 < len(job.blocks):
+            for index in indices:
+                job.weights.bring(job.blocks[index][0], job.device, job.dtype)
+            block = _block_at(job, indices, captured, float_inputs)
+            restored = [journal.read_block(index) if journal else None for index in indices]
+            done = [each for each in restored if each is not None]
+            if len(done) < len(indices):
+                done = _quantize(job, block, indices)
+                for index, (results, records) in zip(indices, done, strict=True):
+                    if journal:
+                        journal.write_block(index, results, records)
+                    finished(index, records)
+            if captured is not None and indices[-1] + 1 < len(job.blocks):
                 if float_inputs is not None:
-                    with block.original_weights():
-                        block.advance(float_inputs, original=True)
-                for linear, weight in results.items():
+                    block.float_outputs()
+                for linear, weight in (pair for results, _ in done for pair in results.items()):
                     if not block.acts_as(linear, weight):
                         block.replace(linear, weight)
                 block.advance(captured.stream)
         finally:  # also of an interrupted run: a model in memory gets its own weights back
-            job.weights.let_go(name)
+            for index in indices:
+                job.weights.let_go(job.blocks[index][0])
         del block, restored
         _trim_heap()
-        yield index, results, records
-        del results
+        for index, (results, records) in zip(indices, done, strict=True):
+            yield index, results, records
+        del done, results
+
+
+def _block_at(
+    job: Job, indices: Sequence[int], captured: walk.Captured | None, float_inputs: walk.Stream | None
+) -> walk.Block:
+    """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
+    name, module = job.blocks[indices[0]]
+    stages = job.adapter.stages_in(module)
+    kwargs = captured.kwargs[indices[0]] if captured else []
+    if len(indices) > 1:
+        children = {job.blocks[index][0].rpartition(".")[2]: index for index in indices}
+        name, module = name.rpartition(".")[0], walk.Span({key: job.blocks[i][1] for key, i in children.items()})
+        stages = [
+            [tuple(f"{key}.{short}" for short in group) for group in stage]
+            for key, index in children.items()
+            for stage in job.adapter.stages_in(job.blocks[index][1])
+        ]
+        batches = range(len(kwargs))
+        kwargs = [{key: captured.kwargs[i][n] for key, i in children.items()} for n in batches] if captured else []
+    dtype_of = job.weights.dtype_of
+    return walk.make_block(
+        indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed
+    )
 
 
 def _trim_heap() -> None:
@@ -267,15 +297,23 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]:
-    """Let the algorithm work on one block and check that it did all of it, in the form promised."""
+def _quantize(
+    job: Job, block: walk.Block, indices: Sequence[int]
+) -> list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+    """Let the algorithm work on a block and check that it did all of it, in the form promised.
+
+    Returns weights and records of each of the model's blocks that it stands for.
+    """
     started = time.perf_counter()
     try:
+        block.widen_starved()
         results = job.algorithm.quantize_block(block) if block.linears else {}
     except ModelError as error:
         if block.name in str(error):
             raise
         raise ModelError(f"block {block.name}: {error}") from error
+    finally:
+        block.narrow()
     seconds = (time.perf_counter() - started) / max(1, len(block.linears))
     if set(results) != set(block.linears):
         missing = sorted(set(block.linears) - set(results)) or sorted(set(results) - set(block.linears))
@@ -283,17 +321,20 @@ def _quantize(job: Job, block: walk.Block) -> tuple[dict[str, QuantizedWeight], 
             f"algorithm {job.algorithm.name!r} returned {len(results)} of {len(block.linears)} linears of block "
             f"{block.name}; look at {name_list(missing)}."
         )
-    records = []
-    for name, linear in block.linears.items():
-        weight = results[name]
-        if not isinstance(weight, QuantizedWeight) or tuple(weight.codes.shape) != tuple(linear.weight.shape):
-            raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
-        results[name] = weight.to("cpu")
-        out, columns = weight.codes.shape
-        facts = {"name": name, "block": block.index, "shape": [out, columns], **weight.config.model_dump()}
-        facts["act_order"] = weight.act_order
-        records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
-    return results, records
+    done: list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]] = []
+    for index in indices:
+        prefix, records = f"{job.blocks[index][0]}.", []
+        for name in [name for name in block.linears if name.startswith(prefix)]:
+            weight = results[name]
+            shape = tuple(block.linears[name].weight.shape)
+            if not isinstance(weight, QuantizedWeight) or tuple(weight.codes.shape) != shape:
+                raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
+            facts = {"name": name, "block": index, "shape": list(shape), **weight.config.model_dump()}
+            facts["act_order"] = weight.act_order
+            records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
+        mine = {record["name"]: results[record["name"]].to("cpu") for record in records}
+        done.append((mine, records))
+    return done
 
 
 def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -500,16 +541,17 @@ def journal_content(
 ) -> Content:
     """The finished run as a stream: quantized linears from the journal, everything else from the source folder.
 
-    Tensors take the model's own parameter names, whatever prefix the source checkpoint left out.
+    Tensors take the names that transformers writes, whatever prefix the source checkpoint left out.
     """
     assert isinstance(job.weights, FolderWeights)
-    names = {key: name for name, key in job.weights.keys.items()}
-    quantized = {job.weights.keys[f"{layer}.{part}"] for layer in location for part in ("weight", "bias")
-                 if f"{layer}.{part}" in job.weights.keys}  # fmt: skip
-    others = {names.get(key, key): key for key in folder.tensors if key not in quantized}
+    weights, names = job.weights, Names(job.model)
+    on_disk = {names.layer_on_disk(name): name for name in location}
+    floats = {names.on_disk(name): name for name in weights.keys if name.rpartition(".")[0] not in location}
+    strays = set(folder.tensors) - set(weights.keys.values())  # of no parameter: carried along
     latest: dict[int, dict[str, QuantizedWeight]] = {}
 
-    def weight(name: str) -> QuantizedWeight:
+    def weight(key: str) -> QuantizedWeight:
+        name = on_disk[key]
         index = location[name]
         if index not in latest:
             latest.clear()
@@ -524,15 +566,23 @@ def journal_content(
     return Content(
         config={key: value for key, value in folder.config.items() if key != "quantization_config"},
         layers={
-            name: LayerSpec(name, spec.config, spec.in_features, spec.out_features, act_order[name])
-            for name, spec in specs.items()
+            key: LayerSpec(key, specs[name].config, specs[name].in_features, specs[name].out_features, act_order[name])
+            for key, name in on_disk.items()
         },
         weight=weight,
-        tensors=list(others),
-        tensor=lambda name: folder.tensor(others[name]),
-        provenance=provenance(job.describe(), records),
+        tensors=[*floats, *sorted(strays)],
+        tensor=lambda key: weights.tensor(floats[key]) if key in floats else folder.tensor(key),
+        provenance=provenance(*renamed(job.describe(), records, names.layer_on_disk)),
         files=folder.carried_files(),
     )
+
+
+def renamed(
+    description: Mapping[str, Any], records: Sequence[Mapping[str, Any]], rename: Callable[[str], str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Give the linears of a report other names: the model's own in memory, those on disk in a folder."""
+    skipped = {"skipped": [rename(name) for name in description["skipped"]]} if "skipped" in description else {}
+    return {**description, **skipped}, [{**record, "name": rename(record["name"])} for record in records]
 
 
 def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -551,6 +601,7 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
         raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ModelError("the model is quantized already (it has QuantLinears). Start from the float model.")
+    refuse_encoder_decoder(getattr(model, "config", None), type(model).__name__)
     find_block_list(model)
 
 
@@ -563,3 +614,8 @@ def check_format(job: Job, exporter: Exporter) -> None:
                 f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
                 f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
             )
+    config = getattr(job.model, "config", None)
+    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
+    if reason:
+        raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from . import blocks, grid
-from .adapter import ModelAdapter, linears_in
+from .adapter import ModelAdapter, _stars, linears_in
 from .algorithm import Algorithm
 from .api import content_of, quantize
 from .backend import Backend, MatmulSpec
+from .calibration import CalibrationDataset, CalibrationRequest
 from .checkpoint import complete_folder
 from .config import QuantConfig
 from .errors import QcoreError
+from .evaluation import EvalTask
+from .experts import unfuse
 from .exporter import Exporter
 from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
@@ -106,6 +109,31 @@ def tiny_transformer(model_type: str, **overrides: Any) -> Any:
         torch.manual_seed(overrides.pop("seed", 0))
         config = AutoConfig.for_model(model_type, **overrides)
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_language_model() -> Any:
+    """A transformers model of some thousand weights that generates; its vocabulary is that of `tiny_tokenizer`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of 258 tokens, one for each byte, that needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def random_weight(
@@ -194,7 +222,7 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
 
     Raises AssertionError (or ModelError when the declared blocks or linears are not there).
     """
-    found = adapter.find_blocks(model)
+    found = adapter.find_blocks(unfuse(model))
     modules = [module for _, module in found]
     device, dtype = torch.device("cpu"), torch.float32
     ids = torch.arange(8).reshape(1, 8) % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -202,16 +230,38 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
         model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
     )
     for index, (name, block) in enumerate(found):
-        declared = [set(group) for group in adapter.groups_in(block)]
-        ran = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
-        seen = [set(group) for group in ran]
-        for group in declared:
-            home = [known for known in seen if group <= known]
-            assert home, f"{adapter.name}: {name}: {sorted(group)} do not share one input; a forward pass shows {ran}"
-        missing = set(linears_in(block)) - set().union(*declared)
-        assert not missing, f"{adapter.name}: {name}: {sorted(missing)} are in no group"
-        order = [next(i for i, known in enumerate(seen) if group <= known) for group in declared]
-        assert order == sorted(order), f"{adapter.name}: {name}: groups run in the order {ran}, not as declared"
+        with blocks.all_experts(block):
+            numbers = blocks.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
+            shown = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
+        where, when = f"{adapter.name}: {name}", {linear: at for at, linear in enumerate(numbers)}
+        order = []
+        for stage in adapter.stages_in(block):
+            for group in stage:
+                inputs = {numbers[linear] for linear in group if linear in numbers}
+                assert len(inputs) <= 1, (
+                    f"{where}: {sorted(group)} do not share one input; a forward pass shows {shown}"
+                )
+            order.append(
+                min((when[linear] for group in stage for linear in group if linear in when), default=len(when))
+            )
+        assert order == sorted(order), f"{where}: groups run in the order {shown}, not as declared"
+    present = {linear for _, block in found for linear in linears_in(block)}
+    for patterns in filter(None, (*adapter.linear_groups, adapter.keep_float)):
+        assert any(_stars(pattern, linear) is not None for pattern in patterns for linear in present), (
+            f"{adapter.name}: no block of {type(model).__name__} has a linear {patterns}; they have {sorted(present)}"
+        )
+    for outside in (*adapter.before_blocks, *adapter.after_blocks):
+        assert _named(model, outside), f"{adapter.name}: {type(model).__name__} has no module {outside}"
+
+
+def _named(model: nn.Module, name: str) -> bool:
+    """Whether a dotted name leads to a module, or to None where a model may lack it."""
+    place: Any = model
+    for part in name.split("."):
+        if not hasattr(place, part):
+            return False
+        place = getattr(place, part)
+    return True
 
 
 def check_backend(
@@ -337,6 +387,38 @@ class _Held:
 
     def __call__(self) -> QuantizedWeight:
         return self.weight
+
+
+def check_dataset(dataset: CalibrationDataset, samples: int = 4, seqlen: int = 16) -> None:
+    """Check that a dataset gives documents or token ids, and the same ones twice."""
+    tokenizer = tiny_tokenizer()
+
+    request = CalibrationRequest(tokenizer, samples, seqlen, 0, torch.device("cpu"), tiny_language_model)
+    first, again = (list(dataset.load(request)) for _ in range(2))
+    assert first, f"{dataset.name}: it gives nothing"
+    assert first == again, f"{dataset.name}: two equal requests give different data"
+    kinds = {str if isinstance(row, str) else list for row in first}
+    assert len(kinds) == 1, f"{dataset.name}: it mixes text and token ids"
+    assert kinds == {str} or all(isinstance(token, int) for row in first for token in row), (
+        f"{dataset.name}: no token ids"
+    )
+
+
+def check_task(task: EvalTask, argument: str = "", **params: Any) -> dict[str, float]:
+    """Check that a task gives numbers, the same twice, and leaves model and random state alone; return the numbers."""
+    model, tokenizer = tiny_language_model(), tiny_tokenizer()
+    options = task.Params.parse(params, f"task {task.name!r}")
+    before, state = [tensor.clone() for tensor in model.parameters()], torch.random.get_rng_state()
+    first = task.run(model, tokenizer, options, argument)
+    assert torch.equal(torch.random.get_rng_state(), state), f"{task.name}: it changed the process's random state"
+    assert first, f"{task.name}: it measured nothing"
+    for name, value in first.items():
+        assert isinstance(name, str), f"{task.name}: metric {name!r} is no name"
+        assert isinstance(value, (int, float)), f"{task.name}: {name} is {value!r}, expected a number"
+    assert task.run(model, tokenizer, options, argument) == first, f"{task.name}: two equal runs differ"
+    changed = [a for a, b in zip(model.parameters(), before, strict=True) if not torch.equal(a, b)]
+    assert not changed, f"{task.name}: it changed the model"
+    return first
 
 
 def check_plugin(point: importlib.metadata.EntryPoint) -> None:

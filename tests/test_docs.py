@@ -67,7 +67,7 @@ def with_installed(extra: Plugins) -> Plugins:
 
 def test_examples_are_complete_and_short(plugins):
     kinds = {kind for each in plugins.values() for plugin in each.all for kind, _, _ in plugin.offers}
-    assert kinds == {"algorithm", "model", "backend", "format", "dataset"}
+    assert kinds == {"algorithm", "model", "backend", "format", "dataset", "task"}
     for name, source in guide_plugins().items():
         lines = source.splitlines()
         assert len(lines) <= 30, f"{name} has {len(lines)} lines"
@@ -78,6 +78,18 @@ def test_other_blocks_run():
     for block in python_blocks(GUIDE):
         if block not in guide_plugins().values() and "def test_" not in block:
             exec(compile(block, "docs/plugins.md", "exec"), vars(types.ModuleType("shown")))
+
+
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "plugins.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page.read_text(encoding="utf-8"))], ids=str)
+def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    """All blocks of a page in one namespace, as a reader would paste them one after the other."""
+    monkeypatch.chdir(tmp_path)
+    namespace = types.ModuleType("shown")
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        exec(compile(block, str(page), "exec"), vars(namespace))
 
 
 @pytest.mark.parametrize("test", ["test_algorithm", "test_adapter", "test_backend", "test_exporter"])
@@ -97,6 +109,11 @@ def test_example_dataset_yields_documents(plugins, tmp_path, monkeypatch):
     monkeypatch.setenv("ACME_NOTES", str(tmp_path))
     dataset = plugins["acme_notes"].get("dataset", "notes")
     assert list(dataset.load(CalibrationRequest(None, 1, 8, 0, None, None))) == ["first", "second"]
+
+
+def test_example_task_measures(plugins):
+    found = testing.check_task(plugins["acme_echo"].get("task", "echo"), text="The quick brown fox")
+    assert 0 <= found["right"] <= 1
 
 
 def test_example_names_resolve(plugins, tmp_path, monkeypatch):

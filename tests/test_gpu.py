@@ -34,11 +34,14 @@ def test_backends_are_right_on_a_gpu(name: str) -> None:
 
 @pytest.mark.parametrize("algo", ["rtn", "gptq"])
 def test_a_run_on_the_gpu_agrees_with_one_on_the_cpu(algo: str) -> None:
+    options = (
+        {"grid": "minmax"} if algo == "rtn" else {}
+    )  # a search may settle a near tie between two scales differently
     errors, weights = {}, {}
     for device in ("cpu", "cuda"):
         model = tiny_transformer("llama", **SIZES).to(device)
         tokens = tiny_tokens(vocabulary=96)
-        qcore.quantize(model, algo, group_size=32, calibration=tokens, device=device)
+        qcore.quantize(model, algo, group_size=32, calibration=tokens, device=device, **options)
         linears = {name: m for name, m in model.named_modules() if isinstance(m, qcore.QuantLinear)}
         weights[device] = {name: linear.weight_source() for name, linear in linears.items()}
         errors[device] = [layer["error"] for layer in qcore.report(model)["layers"]]

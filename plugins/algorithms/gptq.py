@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -35,6 +35,9 @@ from qcore import (
 from .. import cpu_library
 from . import gptq_native
 from .rtn import find_grid, round_to_nearest
+
+#: Hessians gathered in one replay; a layer of many experts takes several
+HESSIAN_BYTES = 4 * 10**9
 
 # ---- the Hessian -----------------------------------------------------------------------------------------------------
 
@@ -444,8 +447,7 @@ class Gptq(Algorithm):
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Quantize the groups of linears that share an input, in the order they run."""
         results: dict[str, QuantizedWeight] = {}
-        rounds = [[group] for group in block.groups] if self.params.true_sequential else [list(block.groups)]
-        for groups in rounds:
+        for groups in self._rounds(block):
             hessians = self._hessians(block, [group[0] for group in groups])
             found: dict[str, QuantizedWeight] = {}
             for group in groups:
@@ -454,6 +456,20 @@ class Gptq(Algorithm):
                 block.replace(name, weight)
             results |= found
         return results
+
+    def _rounds(self, block: BlockContext) -> Iterator[list[tuple[str, ...]]]:
+        """Yield the groups to observe in one replay: those that run side by side, or all of them, as memory allows."""
+        for stage in block.stages if self.params.true_sequential else [block.groups]:
+            groups: list[tuple[str, ...]] = []
+            size = 0
+            for group in stage:
+                hessian = 4 * block.linears[group[0]].weight.shape[1] ** 2
+                if groups and size + hessian > HESSIAN_BYTES:
+                    yield groups
+                    groups, size = [], 0
+                groups.append(group)
+                size += hessian
+            yield groups
 
     def _hessians(self, block: BlockContext, names: Sequence[str]) -> dict[str, Hessian]:
         """Return H of each named linear that saw any token, from one replay."""

@@ -58,11 +58,11 @@ class Rtn(Algorithm):
     """Round to nearest."""
 
     class Params(Options):
-        """grid: "minmax" covers every weight; "mse" searches the scale with the least square error.
+        """grid: "mse" searches the scale with the least square error; "minmax" covers every weight.
         activation_weighting: weigh the search by calibration inputs (needs calibration, only with "mse").
         """
 
-        grid: Literal["minmax", "mse"] = "minmax"
+        grid: Literal["minmax", "mse"] = "mse"
         activation_weighting: bool = False
 
     params: Params

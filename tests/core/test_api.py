@@ -119,11 +119,16 @@ def test_what_is_not_quantized_keeps_its_bytes(save_llama, tmp_path, tokens, dty
     assert generated.shape == (1, 35)
 
 
-def test_tensors_nobody_asked_about_are_copied(llama_folder, tmp_path):
+@pytest.mark.parametrize("streamed", [True, False])
+def test_tensors_nobody_asked_about_are_copied(llama_folder, tmp_path, streamed):
     source = shutil.copytree(llama_folder, tmp_path / "source")
     add_tensor(source, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.arange(8.0))
     add_tensor(source, "extra.table", torch.arange(6, dtype=torch.int64))
-    out = qcore.quantize(source, "rtn", output=tmp_path / "out", **SETTINGS)
+    out = tmp_path / "out"
+    if streamed:
+        qcore.quantize(source, "rtn", output=out, **SETTINGS)
+    else:
+        qcore.save(qcore.load(qcore.save(qcore.quantize(source, "rtn", **SETTINGS), tmp_path / "first")), out)
     for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "extra.table"):
         assert torch.equal(ModelFolder(out).tensor(name), ModelFolder(source).tensor(name))
     assert qcore.load(out)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qcore
-from qcore import ModelError, QuantConfig
+from qcore import ModelError, QuantConfig, RunError
 from qcore import blocks as walk
 from qcore.model import ModuleWeights
 from qcore.run import capture_inputs, plan_linears
@@ -27,9 +27,19 @@ def first_block(model, captured, index=0):
     """Block `index` of a TinyModel as an algorithm sees it."""
     plan = plan_linears(model, TinyModel.adapter, QuantConfig(bits=4, group_size=32), [])
     module = model.blocks[index]
-    groups = TinyModel.adapter.groups_in(module)
+    stages = TinyModel.adapter.stages_in(module)
     return walk.make_block(
-        index, f"blocks.{index}", module, groups, plan, lambda name: torch.float32, captured, None, CPU, 0
+        index,
+        f"blocks.{index}",
+        module,
+        stages,
+        plan,
+        lambda name: torch.float32,
+        captured,
+        captured.kwargs[index] if captured else [],
+        None,
+        CPU,
+        0,
     )
 
 
@@ -309,3 +319,64 @@ def test_the_dtype_of_a_bias_is_the_models_own(weights_of):
     for name, bias in kept.items():
         assert torch.equal(found[name.removesuffix(".bias")].bias, bias)
         assert bias.dtype == torch.float16
+
+
+def with_float_stream(model, index=0):
+    """A block of a TinyModel with both streams."""
+    captured = captured_of(model, [(torch.stack(tiny_tokens(3)[:2]), None), (torch.stack(tiny_tokens(3)[2:]), None)])
+    block = first_block(model, captured, index)
+    block.float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
+    return block
+
+
+def test_a_forward_pass_takes_other_weights_and_gives_their_gradients():
+    model = TinyModel()
+    block = with_float_stream(model)
+    hidden, kwargs, _ = block.batch(0)
+    leaf = torch.zeros(64, 96, requires_grad=True)
+    output = block.forward(hidden, kwargs, {"blocks.0.down": leaf})
+    output.sum().backward()
+    assert leaf.grad.abs().sum() > 0
+    before = block.forward(hidden, kwargs)
+    model.blocks[0].down.weight.data.zero_()
+    assert torch.equal(block.forward(hidden, kwargs), output)
+    assert not torch.equal(before, output)
+
+
+def test_weights_given_are_out_by_in_for_conv1d_too():
+    model = tiny_transformer("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    captured = captured_of(model, batches_of(tiny_tokens(2)), "transformer.h", ("transformer.wte", "transformer.wpe"))
+    short = "mlp.c_fc"
+    plan = {f"transformer.h.0.{short}": QuantConfig()}
+    block = walk.make_block(0, "transformer.h.0", model.transformer.h[0], [[(short,)]], plan, lambda name: torch.float32,
+                            captured, captured.kwargs[0], None, CPU, 0)  # fmt: skip
+    (linear,) = block.linears.values()
+    assert tuple(linear.weight.shape) == (128, 32)
+    hidden, kwargs, _ = block.batch(0)
+    assert torch.allclose(
+        block.forward(hidden, kwargs, {linear.name: linear.weight.clone()}), block.forward(hidden, kwargs)
+    )
+
+
+def test_float_outputs_are_the_float_models_whatever_was_replaced():
+    model = TinyModel()
+    block = with_float_stream(model)
+    expected = [model.blocks[0](hidden, scale=0.5) for hidden in block.float_inputs.hidden]
+    for name, weight in quantized(block, list(block.linears)).items():
+        block.replace(name, weight)
+    outputs = block.float_outputs()
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
+    assert block.float_outputs()[0] is outputs[0], "computed once"
+    with pytest.raises(RunError, match="float_outputs was called before"):
+        block.batch(0, float_stream=True)
+    with pytest.raises(RunError, match="float_outputs was called before"):
+        block.observe(["blocks.0.left"], lambda *_: None, paired=True)
+    assert len(list(block.batches())) == 2
+
+
+def test_blocks_in_a_row_run_as_one():
+    model = TinyModel()
+    span = walk.Span({"0": model.blocks[0], "1": model.blocks[1]})
+    hidden = model.embed(torch.stack(tiny_tokens(2)))
+    expected = model.blocks[1](model.blocks[0](hidden, scale=0.5), scale=0.25)
+    assert torch.equal(span(hidden, **{"0": {"scale": 0.5}, "1": {"scale": 0.25}}), expected)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 import qcore
 from qcore import cli
 
-LISTINGS = ["plugins", "algorithms", "models", "backends", "formats", "datasets"]
+LISTINGS = ["plugins", "algorithms", "models", "backends", "formats", "datasets", "tasks"]
 
 
 @pytest.fixture
@@ -96,6 +96,21 @@ def test_eval_measures_and_compares(run, quantized, llama_folder, text_file):
     assert f"{found['perplexity']:.4f}" in out
 
 
+def test_eval_runs_tasks_beside_a_reference(run, quantized, llama_folder, text_file, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "The quick", "answer": " brown fox"}\n' * 3)
+    arguments = ["eval", quantized, "--task", "language_modeling", "--data", data, "--set", "label_col_name=answer"]
+    code, out, _ = run(*arguments, "--reference", llama_folder, "--text", text_file, "--seqlen", 32, "--json")
+    found = the_one_object(out)
+    assert code == 0
+    assert set(found) == {"text", "language_modeling"}
+    assert found["language_modeling"]["samples"] == 3
+    code, out, _ = run(*arguments, "--reference", llama_folder)
+    assert code == 0
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("perplexity"))
+    assert row[1:] == [f"{found['language_modeling'][name]:.4f}" for name in ("perplexity", "reference_perplexity")]
+
+
 def test_generate_continues_a_prompt(run, quantized, llama_folder):
     code, out, _ = run("generate", quantized, "The quick", "--max-new-tokens", 3, "--json")
     assert code == 0
@@ -140,10 +155,13 @@ def test_models_tell_the_types_they_serve(run):
         (["quantize", "m", "-o", "o", "--set", "damp_percnt=1"], 2, "Did you mean 'damp_percent'"),
         (["quantize", "m", "-o", "o", "--group-size", "0"], 2, "group_size=0"),
         (["quantize", "m", "-o", "o", "--device", "gpu"], 2, "device 'gpu'"),
-        (["quantize", "m", "-o", "o", "--algo", "gtpq"], 1, "Did you mean 'gptq'"),
-        (["quantize", "m", "-o", "o", "--format", "gtpq"], 1, "Did you mean 'gptq'"),
+        (["quantize", "m", "-o", "o", "--algo", "gtpq"], 2, "Did you mean 'gptq'"),
+        (["quantize", "m", "-o", "o", "--format", "gtpq"], 2, "Did you mean 'gptq'"),
         (["quantize", "no/such/model", "-o", "o"], 1, "there is no folder no/such/model"),
         (["inspect", "no-such-folder"], 1, "there is no folder no-such-folder"),
+        (["eval", "m"], 2, "nothing to measure on: give --text FILE, --task NAME"),
+        (["eval", "m", "--text", "f", "--data", "d"], 2, "--data and --set are for tasks"),
+        (["eval", "m", "--task", "language_model"], 2, "Did you mean 'language_modeling'"),
         (["eval", "m", "--text", "no-such-file"], 2, "--text no-such-file cannot be read"),
         (["generate", "no/such/model", "hi"], 1, "there is no folder"),
     ],

@@ -304,3 +304,11 @@ def test_an_algorithm_that_returns_something_else_is_named(llama):
 
     with pytest.raises(qcore.RunError, match=r"'wrong' returned no fitting QuantizedWeight for model.layers.0"):
         qcore.quantize(llama, Wrong())
+
+
+def test_two_adapters_of_one_model_type_are_listed_as_a_clash(plugin):
+    names = ("one", "two", "other")
+    sources = [ADAPTER.format(name=name, model_type="other" if name == "other" else "shared") for name in names]
+    rows = Plugins([plugin(name, source) for name, source in zip(names, sources, strict=True)]).table()
+    assert {row["name"]: row["status"] for row in rows} == {"one": "clash", "two": "clash", "other": "loaded"}
+    assert "model type shared is claimed by more than one plugin" in rows[0]["reason"]

@@ -5,9 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from qcore import CheckpointError, QuantConfig, grid
+from qcore import CalibrationDataset, CheckpointError, EvalTask, QuantConfig, grid
 from qcore.plugins import installed
-from qcore.testing import TinyModel, check_algorithm, check_backend, check_exporter, random_weight, tiny_tokens
+from qcore.testing import (
+    TinyModel,
+    check_algorithm,
+    check_backend,
+    check_dataset,
+    check_exporter,
+    check_task,
+    random_weight,
+    tiny_language_model,
+    tiny_tokenizer,
+    tiny_tokens,
+)
 
 RTN = installed().get("algorithm", "rtn")
 GPTQ_FORMAT = type(installed().get("format", "gptq"))
@@ -94,7 +105,7 @@ class Lossy(GPTQ_FORMAT):
         g_idx = grid.group_index(weight.in_features, weight.group_size)
         return super().encode(name, dataclasses.replace(weight, g_idx=g_idx))
 
-    def _verify(self, content, folder):
+    def verify(self, content, folder):
         pass
 
 
@@ -142,3 +153,71 @@ def test_random_weights_are_such_as_every_format_can_hold(bits):
         assert int(weight.zeros.min()) >= 1
         assert weight.act_order
         assert {bool(sign) for sign in (weight.scales < 0).flatten()} == {True, False}
+
+
+class Fixed(CalibrationDataset):
+    name, rows = "fixed", (["a", "b"], ["a", "b"])
+
+    def load(self, request):
+        return self.rows[0] if request.samples else []
+
+
+class Moody(Fixed):
+    calls = 0
+
+    def load(self, request):
+        type(self).calls += 1
+        return [f"text {self.calls}"]
+
+
+class Mixed(Fixed):
+    rows = (["a", [1, 2]],)
+
+
+def test_a_dataset_that_drifts_or_mixes_is_told():
+    check_dataset(Fixed())
+    with pytest.raises(AssertionError, match="two equal requests give different data"):
+        check_dataset(Moody())
+    with pytest.raises(AssertionError, match="mixes text and token ids"):
+        check_dataset(Mixed())
+
+
+class Counting(EvalTask):
+    name = "counting"
+
+    def run(self, model, tokenizer, params, argument=""):
+        return {"layers": len(model.model.layers)}
+
+
+class Rolling(Counting):
+    def run(self, model, tokenizer, params, argument=""):
+        return {"draw": float(torch.rand(()))}
+
+
+class Breaking(Counting):
+    def run(self, model, tokenizer, params, argument=""):
+        with torch.no_grad():
+            model.lm_head.weight[0] += 1
+        return {"one": 1.0}
+
+
+class Wordy(Counting):
+    def run(self, model, tokenizer, params, argument=""):
+        return {"verdict": "good"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(Rolling, "changed the process's random state"), (Breaking, "changed the model"), (Wordy, "expected a number")],
+)
+def test_a_wrong_task_is_told(kind, says):
+    assert check_task(Counting()) == {"layers": 2}
+    with pytest.raises(AssertionError, match=says):
+        check_task(kind())
+
+
+def test_the_tiny_tokenizer_gives_back_any_text():
+    tokenizer = tiny_tokenizer()
+    text = "naïve 漢字 <s>?\n"
+    assert tokenizer.decode(tokenizer("naïve 漢字?\n")["input_ids"]) == text.replace(" <s>", "")
+    assert max(tokenizer(text)["input_ids"]) < tiny_language_model().config.vocab_size

@@ -165,7 +165,9 @@ def test_a_file_that_says_the_truth_gets_no_note(tmp_path):
 def test_zero_points_of_zero_are_refused_in_v1_and_kept_in_v2(tmp_path):
     weight = plain_weight(4, sym=False)
     weight.zeros[3, 1] = 0
-    with pytest.raises(CheckpointError, match=f"format 'gptq' holds integer zero points 1 to 15; {LAYER} has 0 to 15"):
+    with pytest.raises(
+        CheckpointError, match=f"format 'gptq' cannot hold {LAYER}: it holds integer zero points 1 to 15, found 0 to 15"
+    ):
         save(V1, {LAYER: weight}, tmp_path / "one")
     assert V2.open(save(V2, {LAYER: weight}, tmp_path / "two")).weight(LAYER).equal(weight)
 
@@ -198,6 +200,14 @@ def test_a_folder_of_old_autogptq_is_read_from_its_side_file(llama_folder, tmp_p
     (folder / "quantize_config.json").write_text(json.dumps(side))
     assert qcore.inspect(folder)["format"] == "gptq"
     assert qcore.load(folder).model.layers[0].mlp.up_proj.config == QuantConfig(bits=4, group_size=32)
+
+
+def test_two_configs_that_contradict_each_other_are_refused(tmp_path):
+    folder = save(V1, {LAYER: plain_weight(4)}, tmp_path / "out")
+    side = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(side | {"bits": 8}))
+    with pytest.raises(CheckpointError, match=r"bits is 4 in config\.json and 8 in quantize_config\.json"):
+        V1.open(folder)
 
 
 def test_a_folder_without_g_idx_has_groups_in_sequence(tmp_path):

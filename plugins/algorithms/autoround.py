@@ -1,0 +1,545 @@
+"""AutoRound: rounding learned block by block with signed gradients (arXiv 2309.05516, 2512.04746).
+
+For each block the output error |block(X; Q) - Y|^2 is made small, Y being the float block's outputs in the float model and X the
+inputs as the quantized blocks before leave them. Learned are V, what is added to each weight (in steps of its grid) before it is
+rounded, and per group alpha and beta, what the ends of the grid's range are multiplied with. SignSGD needs of a gradient only its
+sign, so the derivatives through rounding and clipping (straight-through) are written out here: autograd ends at the quantized
+weight, and a step is one pass over the weights. What differs from the authors' implementation, and the ablation that decided each
+default, is in docs/algorithms/autoround.md. Not here: devices, files, the order of blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from qcore import (
+    Algorithm,
+    BlockContext,
+    CalibrationError,
+    Linear,
+    ModelError,
+    Options,
+    QuantConfig,
+    QuantizedWeight,
+    grid,
+    hookimpl,
+)
+
+from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve
+from .rtn import group_grids
+
+# ---- where tuning starts ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """W [out, in] float32, the weights that V is added to; their grids' scales and zeros [out, groups]."""
+
+    W: Tensor
+    scales: Tensor
+    zeros: Tensor
+    note: str = ""
+
+
+def covering_start(W: Tensor, config: QuantConfig) -> Start:
+    """The paper's start: grids that cover each group; a symmetric one has the extreme weight on its lowest code."""
+    scales, zeros, g_idx = group_grids(W, config, "minmax")
+    if config.sym:
+        ends = W.new_zeros(2, *scales.shape)  # lowest and highest of each group, 0 included
+        for end, reduce in zip(ends, ("amin", "amax"), strict=True):
+            end.scatter_reduce_(1, g_idx.long().expand(len(W), -1), W, reduce)
+        extreme = torch.where(ends[1] > -ends[0], ends[1], ends[0])
+        extreme = torch.where(extreme == 0, -torch.ones_like(extreme), extreme)
+        scales = grid.store_scale(-extreme / grid.symmetric_zero(config.bits), torch.float16)
+    return Start(W, scales, zeros)
+
+
+def searched_start(W: Tensor, config: QuantConfig, importance: Tensor | None, note: str = "") -> Start:
+    """Grids of least error in W, each column weighed by `importance` [in], the mean square of its input."""
+    scales, zeros, _ = group_grids(W, config, "mse", importance)
+    return Start(W, scales, zeros, note)
+
+
+def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, recipe: Gptq.Params) -> Start | None:
+    """GPTQ's solution as a start: its grids and, as W, the compensated weights that it rounded; None where it has none.
+
+    With V = 0 these round to GPTQ's codes, which rounding W itself cannot reach. They follow from the codes: GPTQ's scaled errors E
+    satisfy W - Q = E U, and a column was Q + E diag(U) when its turn came. With U = inv(R), H = RR', E = (W - Q) R.
+    """
+    target = W if C is None else float_target(W, H, C, recipe.float_targets, recipe.damp_percent)
+    found = solve(target, H, config, recipe)
+    if found is None:
+        return None
+    size = W.shape[1] if config.group_size == -1 else config.group_size
+    perm = column_order(H.diagonal(), size, recipe.order)
+    reversed_H = dampen_(permuted(H, perm.flip(0)), found.damp_percent, recipe.shrink)
+    R = torch.linalg.cholesky(reversed_H).flip(0, 1)  # upper: rows and columns reversed, factored, reversed back
+    Q = grid.dequantize(found.codes, grid.spread(found.scales, found.g_idx), grid.spread(found.zeros, found.g_idx))
+    inside = ((target - Q)[:, perm] @ R).div_(R.diagonal())  # [out, in], what rounding took from each column
+    return Start(Q + inside[:, perm.argsort()], found.scales, found.zeros)
+
+
+# ---- the parameters of one linear ------------------------------------------------------------------------------------
+
+
+class Rounding:
+    """What is learned for one linear, weights laid out as [out, groups, g]; a shorter last group is filled up with zeros.
+
+    The quantized weight is s * clip(round(W / s + V), -z, maxq - z). Asymmetric: s = (beta * high - alpha * low) / maxq
+    and z = round(-alpha * low / s), low and high being the ends of the start's grid. Symmetric: z is fixed and
+    s = beta * (the start's scale), for one end decides the other. s is what float16 stores, z within [1, maxq].
+    """
+
+    def __init__(self, start: Start, config: QuantConfig) -> None:
+        self.config = config
+        self.out, self.columns = start.W.shape
+        groups = start.scales.shape[1]
+        self.size = self.columns if config.group_size == -1 else config.group_size
+        self.padding = groups * self.size - self.columns
+        self.W = self._grouped(start.W.float())
+        self.V = torch.zeros_like(self.W)
+        scales, zeros = start.scales.float()[..., None], start.zeros.float()[..., None]  # [out, groups, 1]
+        self.low, self.high = -zeros * scales, (config.maxq - zeros) * scales
+        self.alpha, self.beta = torch.ones_like(scales), torch.ones_like(scales)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[out, in] -> [out, groups, g]."""
+        return nn.functional.pad(x, (0, self.padding)).view(self.out, -1, self.size)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """[out, groups, g] -> [out, in]."""
+        return x.reshape(self.out, -1)[:, : self.columns].contiguous()
+
+    def learned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """V, alpha and beta, as they change."""
+        return self.V, self.alpha, self.beta
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return s and z, float32 [out, groups, 1]."""
+        return ranged_grid(self.low, self.high, self.alpha, self.beta, self.config)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the quantized weight [out, in], computed in float32."""
+        s, z = self.grid()
+        return self._flat(rounded(self.W / s, self.V, z, self.config.maxq)[0].mul_(s).to(dtype))
+
+    def update(self, G: Tensor, lr: Tensor, minmax_lr: Tensor | None) -> None:
+        """Take one step of SignSGD; G [out, in] is the gradient of the quantized weight."""
+        signed_step(self._grouped(G.float()), self, lr, minmax_lr)
+
+    def freeze(self, bias: Tensor | None) -> QuantizedWeight:
+        """Return the canonical form of what was learned."""
+        s, z = self.grid()
+        levels, _ = rounded(self.W / s, self.V, z, self.config.maxq)
+        return QuantizedWeight(
+            codes=self._flat((levels + z).to(torch.uint8)),
+            scales=s[..., 0].to(torch.float16).contiguous(),
+            zeros=z[..., 0].to(torch.int32).contiguous(),
+            g_idx=grid.group_index(self.columns, self.config.group_size, s.device),
+            config=self.config,
+            bias=bias,
+        )
+
+
+def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Return (s, z) of the range from alpha * low to beta * high (see Rounding)."""
+    if config.sym:
+        s = stored(beta * (high - low) / config.maxq)
+        return s, torch.full_like(s, grid.symmetric_zero(config.bits))
+    s = stored((beta * high - alpha * low) / config.maxq)
+    return s, torch.round(-alpha * low / s).clamp_(1, config.maxq)
+
+
+def stored(s: Tensor) -> Tensor:
+    """Round scales to float16's values, never to zero or beyond its range: `grid.store_scale` without its check, which waits."""
+    return torch.copysign(s.abs().clamp_(2.0**-24, 65504.0), s).half().float()
+
+
+def rounded(ratio: Tensor, V: Tensor, z: Tensor, maxq: int) -> tuple[Tensor, Tensor]:
+    """Return the levels clip(round(ratio + V), -z, maxq - z) and the same before clipping; ratio is W / s."""
+    free = torch.round(ratio + V)
+    return torch.minimum(torch.maximum(free, -z), maxq - z), free
+
+
+def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) -> None:
+    """Move V, alpha and beta against the signs of their gradients, given G [out, groups, g], that of the quantized weight.
+
+    Rounding passes gradients straight through, clipping stops them. So d(s * level)/dV = s where nothing was clipped;
+    d/ds = level - W / s there, and level where it was; d/dz = -s where it was clipped, and 0 elsewhere.
+    """
+    s, z = r.grid()
+    ratio = r.W / s
+    levels, free = rounded(ratio, r.V, z, r.config.maxq)
+    passed = torch.eq(levels, free, out=free).mul_(
+        G
+    )  # as float: comparing into bool costs several times as much on a CPU
+    if minmax_lr is not None:
+        grad_s = torch.sum(G * levels - passed * ratio, -1, keepdim=True)  # [out, groups, 1]
+        if r.config.sym:
+            r.beta.sub_(torch.sign(grad_s * (r.high - r.low)) * minmax_lr)
+        else:
+            step = r.config.maxq
+            grad_z = s * (passed - G).sum(-1, keepdim=True)
+            through_s = grad_s + grad_z * r.alpha * r.low / (s * s)  # z = -alpha * low / s moves with s as well
+            r.alpha.sub_(torch.sign((-through_s / step - grad_z / s) * r.low) * minmax_lr).clamp_(0, 2)
+            r.beta.sub_(torch.sign(through_s / step * r.high) * minmax_lr)
+        r.beta.clamp_(0, 2)
+    r.V.sub_(torch.sign(passed * s) * lr).clamp_(-0.5, 0.5)
+
+
+# ---- tuning one block ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """How tuning went: the loss on the fixed subset before it and of the parameters kept, and the step they are from."""
+
+    before: float
+    after: float
+    step: int
+    note: str = ""
+
+
+class Tuning:
+    """The loop over one block: SignSGD on random batches, the best parameters on a fixed subset of them kept.
+
+    inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
+    """
+
+    def __init__(
+        self,
+        block: BlockContext,
+        roundings: Mapping[str, Rounding],
+        inputs: Sequence[Tensor] | None,
+        targets: Sequence[Tensor],
+        params: AutoRound.Params,
+    ) -> None:
+        self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
+        self.dtype, self.autocast = precision(block, params.amp)
+        self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
+        wanted = min(len(targets), max(1, params.iters // 50))
+        self.subset = [i * len(targets) // wanted for i in range(wanted)]
+        self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only now and then
+
+    def run(self) -> Outcome:
+        """Tune; leave the best parameters seen in the roundings."""
+        iters, checks = self.params.iters, self.params.checks
+        with full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext():
+            best = before = self.judge()
+            if not math.isfinite(before):
+                raise ModelError(
+                    f"block {self.block.name} gives NaN or Inf with its starting weights; its activations overflow."
+                )
+            best_step, kept, note = 0, self._copy(), ""
+            self.unit = 64 * math.sqrt(before) or 1.0  # errors in units of their typical size fit every float type
+            draw = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
+            for step in range(iters):
+                self._step(step, draw)
+                if step + 1 == iters or (checks and (step + 1) % -(-iters // checks) == 0):
+                    loss = self.judge()
+                    if not math.isfinite(loss):
+                        note = self._failed(step + 1, best_step)
+                        break
+                    if loss < best or not checks:
+                        best, best_step, kept = loss, step + 1, self._copy()
+            self._restore(kept)
+        return Outcome(before, best, best_step, note)
+
+    def _step(self, step: int, draw: Iterator[int]) -> None:
+        """One step of SignSGD on `gradient_accumulate_steps` batches."""
+        params = self.params
+        decay = 1 - step / params.iters
+        leaves = {name: rounding.weight(self.dtype).requires_grad_() for name, rounding in self.roundings.items()}
+        for _ in range(params.gradient_accumulate_steps):
+            output, error, _ = self._error(next(draw), leaves)
+            self.losses[step] += error.square().mean()
+            output.backward((error / self.unit).to(output.dtype))
+        lr = torch.full((), params.step_size * decay, device=self.block.device)
+        minmax_lr = torch.full_like(lr, params.minmax_step_size * decay) if params.enable_minmax_tuning else None
+        for name, rounding in self.roundings.items():
+            grad = leaves[name].grad
+            if grad is not None:  # an expert that no token of these batches went to
+                rounding.update(grad, lr, minmax_lr)
+
+    def _error(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Return the block's outputs on a batch, their error in float32, 0 where it does not count, and how many count."""
+        hidden, kwargs, mask = self.block.batch(number)
+        if self.inputs is not None:
+            hidden = self.inputs[number].to(self.block.device)
+        if self.dtype != hidden.dtype:
+            hidden, kwargs = cast(hidden, self.dtype), cast(kwargs, self.dtype)
+        with self.autocast:
+            output = self.block.forward(hidden, kwargs, weights, compiled=self.compiled)
+        error = output.detach().float() - self.targets[number].to(self.block.device)
+        counted = error.numel()
+        if mask is not None:
+            error *= mask.to(error.device)[..., None]
+            counted = int(mask.sum()) * error.shape[-1]
+        if self.params.outliers:
+            magnitude = error.abs()
+            largest = magnitude.flatten().topk(max(1, round(error.numel() * self.params.outliers))).values
+            error *= magnitude < largest[-1]
+        return output, error, counted
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Return the loss of the parameters as they are on the fixed subset."""
+        weights = {name: rounding.weight(self.dtype) for name, rounding in self.roundings.items()}
+        found = [self._error(number, weights)[1:] for number in self.subset]
+        return float(sum(error.square().sum() for error, _ in found)) / max(1, sum(counted for _, counted in found))
+
+    def _failed(self, step: int, best_step: int) -> str:
+        bad = (~torch.isfinite(self.losses[:step])).nonzero()
+        first = int(bad[0]) + 1 if len(bad) else step
+        return f"the loss became NaN or Inf at step {first}; kept the parameters of step {best_step}"
+
+    def _copy(self) -> list[Tensor]:
+        return [x.clone() for rounding in self.roundings.values() for x in rounding.learned()]
+
+    def _restore(self, kept: Sequence[Tensor]) -> None:
+        current = [x for rounding in self.roundings.values() for x in rounding.learned()]
+        for x, value in zip(current, kept, strict=True):
+            x.copy_(value)
+
+
+def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Yield 0 to count - 1 in a random order, for ever, each time another one."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 natively. CPUs are left in float32: few do, and results should not depend on which."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def precision(block: BlockContext, amp: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
+    """Return the dtype of the block's inputs and weights, and the context its forward runs in."""
+    own = next(iter(block.linears.values())).weight.dtype
+    if not amp:
+        return torch.float32, contextlib.nullcontext()
+    if own != torch.float32 or not has_bfloat16(block.device):
+        return own, contextlib.nullcontext()
+    return own, torch.autocast(block.device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def full_precision(module: nn.Module) -> Iterator[None]:
+    """Let a block of a half type hold its parameters in float32 for a while."""
+    own = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, data in own:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Convert the floating tensors of a nested value."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast(item, dtype) for item in value)
+    return {key: cast(item, dtype) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+PRESETS = {"light": 50, "default": 200, "best": 1000}  # iterations
+
+
+class AutoRound(Algorithm):
+    """AutoRound, by default from GPTQ's solution on."""
+
+    class Params(Options):
+        """The options of AutoRound, under the names of its version 0.1 where it has them.
+
+        preset: "light", "default" or "best": 50, 200 or 1000 iterations unless `iters` says otherwise.
+        iters: steps per block. 0 is plain rounding (or, where `start` is given, that start as it is).
+        lr: how far a rounding offset moves in the first step, in steps of the grid; falls linearly to 0. None: 1 / iters.
+        minmax_lr: the same for the ends of the range, in shares of them. None: lr with start "rtn"; lr / 20 with the others, whose
+            grids were searched already.
+        enable_minmax_tuning: learn the ends of the range at all.
+        use_quant_input: tune on what the quantized blocks before leave, rather than on the float model's hidden states.
+        bs: sequences per batch (the run's batch_size, where given, takes its place).
+        gradient_accumulate_steps: batches per step.
+        amp: compute float32 models in bfloat16 where the GPU has it; off, compute in float32 whatever the model's own type.
+        low_gpu_mem_usage: keep hidden states in host memory between uses.
+        n_blocks: consecutive blocks tuned together; a shorter last group where that does not divide the depth.
+        start: "gptq", GPTQ's codes and grids; "weighted", a scale search weighted by activations; "rtn", the paper's min/max.
+        damp_percent, shrink, float_targets: GPTQ's, of start "gptq".
+        checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
+        outliers: share of the largest errors left out of the loss.
+        compile: torch.compile the block. None: on a GPU.
+        """
+
+        preset: Literal["light", "default", "best"] = "default"
+        iters: int = Field(200, ge=0)
+        lr: float | None = Field(None, gt=0)
+        minmax_lr: float | None = Field(None, gt=0)
+        enable_minmax_tuning: bool = True
+        use_quant_input: bool = True
+        bs: int = Field(8, ge=1)
+        gradient_accumulate_steps: int = Field(1, ge=1)
+        amp: bool = True
+        low_gpu_mem_usage: bool = False
+        n_blocks: int = Field(1, ge=1)
+        start: Literal["gptq", "weighted", "rtn"] = "gptq"
+        damp_percent: float = Field(0.1, gt=0, le=10)
+        shrink: float = Field(0.1, ge=0, le=10)
+        float_targets: float = Field(0.0, ge=0, le=1)
+        checks: int = Field(5, ge=0)
+        outliers: float = Field(0.0, ge=0, lt=1)
+        compile: bool | None = None
+
+        @model_validator(mode="before")
+        @classmethod
+        def _what_follows(cls, values: Any) -> Any:
+            """Fill in what a preset, or no tuning at all, means for the options not given."""
+            values = dict(values)
+            if values.get("preset") in PRESETS:
+                values.setdefault("iters", PRESETS[values["preset"]])
+            if values.get("iters") == 0:
+                values.setdefault("start", "rtn")
+            return values
+
+        @property
+        def step_size(self) -> float:
+            """lr, decided."""
+            return self.lr if self.lr is not None else 1 / max(1, self.iters)
+
+        @property
+        def minmax_step_size(self) -> float:
+            """minmax_lr, decided."""
+            if self.minmax_lr is not None:
+                return self.minmax_lr
+            return self.step_size if self.start == "rtn" else self.step_size / 20
+
+    params: Params
+    name = "autoround"
+    description = "AutoRound: rounding and ranges learned by signed gradient descent, from GPTQ's solution on"
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Plain rounding needs none."""
+        return self.params.iters > 0 or self.params.start != "rtn"
+
+    @property
+    def float_stream(self) -> bool:
+        """For the targets."""
+        return self.params.iters > 0 or (self.params.start == "gptq" and self.params.float_targets > 0)
+
+    @property
+    def batch_size(self) -> int | None:
+        """A step works on whole batches."""
+        return self.params.bs
+
+    @property
+    def blocks_at_once(self) -> int:
+        """n_blocks."""
+        return self.params.n_blocks
+
+    @property
+    def keep_on_host(self) -> bool:
+        """low_gpu_mem_usage."""
+        return self.params.low_gpu_mem_usage
+
+    def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
+        """Find a start for every linear, then tune them all together."""
+        starts = find_starts(block, self.params)
+        roundings = {name: Rounding(starts[name], linear.config) for name, linear in block.linears.items()}
+        outcome = self._tune(block, roundings) if self.params.iters else None
+        results = {}
+        for name, linear in block.linears.items():
+            results[name] = roundings[name].freeze(linear.bias)
+            W = linear.weight.float()
+            block.record(name, error=float((results[name].dequantize() - W).norm() / W.norm().clamp_min(1e-30)))
+            notes = [starts[name].note]
+            if outcome is None:
+                notes.append(f"iters=0: not tuned, the start {self.params.start!r} as it is")
+            else:
+                block.record(name, loss_before=outcome.before, loss=outcome.after, step=outcome.step)
+                notes += [outcome.note, self._without_amp(block)]
+            if any(notes):
+                block.record(name, note="; ".join(note for note in notes if note))
+        return results
+
+    def _tune(self, block: BlockContext, roundings: Mapping[str, Rounding]) -> Outcome:
+        inputs = None
+        if not self.params.use_quant_input:
+            inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
+        targets = block.float_outputs()
+        sequences = sum(len(target) for target in targets)
+        if sequences < self.params.bs:
+            raise CalibrationError(
+                f"a step of autoround takes bs={self.params.bs} sequences, the calibration has {sequences}. "
+                "Give more samples, or a smaller bs."
+            )
+        return Tuning(block, roundings, inputs, targets, self.params).run()
+
+    def _without_amp(self, block: BlockContext) -> str:
+        float32 = next(iter(block.linears.values())).weight.dtype == torch.float32
+        if "amp" in self.params.model_fields_set and self.params.amp and float32 and not has_bfloat16(block.device):
+            return f"amp: {block.device.type} has no native bfloat16, computed in float32"
+        return ""
+
+
+def find_starts(block: BlockContext, params: AutoRound.Params) -> dict[str, Start]:
+    """Return the start of every linear, from one replay of the calibration where it needs one."""
+    if params.start == "rtn":
+        return {name: covering_start(linear.weight.float(), linear.config) for name, linear in block.linears.items()}
+    paired = params.start == "gptq" and params.float_targets > 0
+    hessians: dict[str, Hessian] = {}
+
+    def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
+        if name not in hessians:
+            hessians[name] = Hessian(X.shape[1], X.device, paired)
+        hessians[name].add(X, X_float)
+
+    block.observe([group[0] for group in block.groups], visit, paired=paired)
+    starts: dict[str, Start] = {}
+    for group in block.groups:
+        hessian = hessians.pop(group[0], None)
+        starts |= _starts_of_group([block.linears[name] for name in group], hessian, params)
+    return {name: starts[name] for name in block.linears}
+
+
+def _starts_of_group(linears: Sequence[Linear], hessian: Hessian | None, params: AutoRound.Params) -> dict[str, Start]:
+    """Return the starts of linears that share an input: GPTQ solves those of one config stacked."""
+    if hessian is None or not hessian.tokens:
+        note = "no calibration token reached it"
+        return {each.name: searched_start(each.weight.float(), each.config, None, note) for each in linears}
+    H, C = hessian.finish()
+    if not bool(torch.isfinite(H).all()):
+        raise ModelError(f"the inputs of {linears[0].name} hold NaN or Inf: its activations overflow.")
+    recipe = Gptq.Params(damp_percent=params.damp_percent, shrink=params.shrink, float_targets=params.float_targets)
+    starts: dict[str, Start] = {}
+    for config in dict.fromkeys(linear.config for linear in linears):
+        members = [linear for linear in linears if linear.config == config]
+        W = torch.cat([linear.weight.float() for linear in members])
+        found = (
+            gptq_start(W, H, C, config, recipe) if params.start == "gptq" else searched_start(W, config, H.diagonal())
+        )
+        if found is None:
+            found = searched_start(
+                W, config, H.diagonal(), "its Hessian cannot be factorized: searched grids are the start"
+            )
+        sizes = [len(linear.weight) for linear in members]
+        parts = zip(found.W.split(sizes), found.scales.split(sizes), found.zeros.split(sizes), strict=True)
+        starts |= {linear.name: Start(*part, found.note) for linear, part in zip(members, parts, strict=True)}
+    return starts
+
+
+@hookimpl
+def qcore_algorithms() -> list[type[Algorithm]]:
+    return [AutoRound]

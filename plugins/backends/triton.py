@@ -1,0 +1,310 @@
+"""Fused dequantize-matmul in Triton: 2, 3, 4 and 8 bits on NVIDIA GPUs, without a compiler or a build.
+
+The kernels are in triton_kernels.py, imported only when a layer is prepared. Up to FUSED_MAX tokens a product reads packed
+weights alone; beyond, the weight is made once per product and cuBLAS multiplies, which measured faster (docs/backends.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from functools import cache
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hookimpl
+
+from .columns import layout, packed_group_size
+
+DTYPES = (torch.float16, torch.bfloat16)
+WIDTHS = (2, 3, 4, 8)
+ALIGN = 128  # outputs are padded to it: no kernel masks its reads of weights
+FUSED_MAX = 64
+MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
+
+
+class Config(NamedTuple):
+    """How a product is cut up: outputs and tokens a program makes, warps it has, loads in flight, programs along K."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: (
+        int  # aimed at in all, a multiple of what the GPU runs at once; how many share an output tile follows from it
+    )
+
+
+def config_for(m: int, size: int) -> Config:
+    """The best on an H200 over four shapes (benchmarks/triton_tune.py); elsewhere a sound guess. size: codes in the weight."""
+    if m <= 16:
+        return Config(16, 64, 4, 2, 1056 if size > 1 << 27 else 528)
+    if m <= 32:
+        return Config(32, 64, 4, 2, 528)
+    return Config(64, 128, 4, 2, 264)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _kernels() -> Any:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+# ---- the layout ------------------------------------------------------------------------------------------------------
+
+
+def _shape(bits: int) -> tuple[int, int]:
+    """(words, codes) of a lane of a tile: the shortest run of whole words that holds whole codes."""
+    shared = gcd(bits, 32)
+    return bits // shared, 32 // shared
+
+
+def lanes(bits: int, columns: int) -> int:
+    """Lanes of a tile, 32 or 16: the fewer where the padding at the end of a row would otherwise pass an eighth.
+
+    >>> lanes(4, 4096), lanes(4, 576)
+    (32, 16)
+    """
+    codes = _shape(bits)[1]
+    return 32 if -columns % (32 * codes) <= columns // 8 else 16
+
+
+def pack_tiles(codes: Tensor, bits: int, sub: int) -> Tensor:
+    """Return int32 [tiles, words, sub, outputs] for uint8 codes [outputs, columns]; see triton_kernels.py. Padding is 0."""
+    words, per_lane = _shape(bits)
+    padded = F.pad(codes, (0, -codes.shape[1] % (sub * per_lane), 0, -codes.shape[0] % ALIGN))
+    # [outputs, tiles, codes, sub] -> [tiles, codes, sub, outputs]
+    tiles = padded.unflatten(1, (-1, per_lane, sub)).permute(1, 2, 3, 0).to(torch.int64)
+    stream = torch.zeros(tiles.shape[0], words, *tiles.shape[2:], dtype=torch.int64, device=codes.device)
+    for j in range(per_lane):
+        word, shift = divmod(j * bits, 32)
+        stream[:, word] |= tiles[:, j] << shift
+        if shift + bits > 32:
+            stream[:, word + 1] |= tiles[:, j] >> (32 - shift)
+    stream &= 0xFFFFFFFF
+    return torch.where(stream >= 1 << 31, stream - (1 << 32), stream).to(torch.int32).contiguous()
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _launch_sizes(bits: int, group_size: int, columns: int) -> tuple[int, int, int, int]:
+    """(words, codes, sub, group size the kernels divide by)."""
+    return *_shape(bits), lanes(bits, columns), columns if group_size == -1 else group_size
+
+
+def _check(
+    x: Tensor, width: int, words: Tensor, scales: Tensor, zeros: Tensor, bits: int, columns: int, outputs: int
+) -> None:
+    """Raise BackendError unless the tensors are what prepare made, and x [..., width] fits them."""
+    per_word, codes = _shape(bits)
+    sub = lanes(bits, columns)
+    expected = (-(-columns // (sub * codes)), per_word, sub, outputs + -outputs % ALIGN)
+    if x.dtype not in DTYPES or not x.ndim or x.shape[-1] != width:
+        raise BackendError(f"triton: x is {x.dtype} {list(x.shape)}, expected float16 or bfloat16 [..., {width}].")
+    if tuple(words.shape) != expected or words.dtype != torch.int32 or not words.is_contiguous():
+        raise BackendError(f"triton: words are {words.dtype} {list(words.shape)}, expected int32 {list(expected)}.")
+    if not (x.device == words.device == scales.device == zeros.device):
+        raise BackendError(f"triton: x is on {x.device}, the layer on {words.device}.")
+    if scales.shape[1] != expected[3] or not scales.is_contiguous() or not zeros.is_contiguous():
+        raise BackendError(f"triton: scales are {list(scales.shape)}, expected [groups, {expected[3]}].")
+
+
+def _weight(words, scales, zeros, bits, group_size, columns, outputs, dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    """Return the weight [columns, outputs]."""
+    per_word, codes, sub, size = _launch_sizes(bits, group_size, columns)
+    weight = torch.empty(columns, outputs, dtype=dtype, device=words.device)
+    block = 64
+    _kernels().dequantize[(-(-outputs // block), words.shape[0])](
+        words, scales, zeros, weight, outputs, columns, words.shape[3], size,
+        BITS=bits, WORDS=per_word, CODES=codes, SUB=sub, ZERO=-1 if zeros.numel() else grid.symmetric_zero(bits),
+        BLOCK_N=block, num_warps=4,
+    )  # fmt: skip
+    return weight
+
+
+def _fused(rows, words, scales, zeros, arrived, bits, group_size, columns, outputs) -> Tensor:  # type: ignore[no-untyped-def]
+    """Return rows [m, columns] @ W.T [m, outputs] by the fused kernel."""
+    m = rows.shape[0]
+    per_word, codes, sub, size = _launch_sizes(bits, group_size, columns)
+    config = config_for(m, columns * outputs)
+    across, tiles = -(-outputs // config.block_n), words.shape[0]
+    down = -(-m // config.block_m)
+    split = max(1, min(tiles, config.programs // (across * down), 16))
+    y = torch.empty(m, outputs, dtype=rows.dtype, device=rows.device)
+    sums = torch.empty(split if split > 1 else 0, m, outputs, dtype=torch.float32, device=rows.device)
+    _kernels().matmul[(across, split, down)](
+        rows, words, scales, zeros, y, sums, arrived, m, outputs, columns, tiles, rows.stride(0), words.shape[3], size,
+        BITS=bits, WORDS=per_word, CODES=codes, SUB=sub, ZERO=-1 if zeros.numel() else grid.symmetric_zero(bits),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split > 1, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y
+
+
+def _gathered(rows: Tensor, perm: Tensor) -> Tensor:
+    """Rows in the order of packed columns, zero where there is none."""
+    return F.pad(rows, (0, 1)).index_select(1, perm) if perm.numel() else rows
+
+
+def _on_its_device(x: Tensor) -> Any:
+    return torch.cuda.device(x.get_device()) if x.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("qcore::triton_matmul", mutates_args=())
+def triton_matmul(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor, arrived: Tensor,
+    bits: int, group_size: int, in_features: int, out_features: int,
+) -> Tensor:  # fmt: skip
+    """Return x [..., in] @ W.T as [..., out]. perm int64 [packed columns], or empty; arrived: zero before and after."""
+    columns = perm.numel() or in_features
+    _check(x, in_features, words, scales, zeros, bits, columns, out_features)
+    rows = x.reshape(-1, in_features)
+    if not rows.shape[0]:
+        return x.new_empty(*x.shape[:-1], out_features)
+    rows = _gathered(rows, perm)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    with _on_its_device(x):
+        if rows.shape[0] <= FUSED_MAX:
+            y = _fused(rows, words, scales, zeros, arrived, bits, group_size, columns, out_features)
+        else:
+            y = rows @ _weight(words, scales, zeros, bits, group_size, columns, out_features, x.dtype)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@triton_matmul.register_fake
+def _(x, words, scales, zeros, perm, arrived, bits, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("qcore::triton_matmul_transposed", mutates_args=())
+def triton_matmul_transposed(
+    grad: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor,
+    bits: int, group_size: int, in_features: int, out_features: int,
+) -> Tensor:  # fmt: skip
+    """Return grad [..., out] @ W as [..., in]: the gradient of x."""
+    columns = perm.numel() or in_features
+    _check(grad, out_features, words, scales, zeros, bits, columns, out_features)
+    rows = grad.reshape(-1, out_features)
+    with _on_its_device(grad):
+        packed = rows @ _weight(words, scales, zeros, bits, group_size, columns, out_features, grad.dtype).t()
+    if perm.numel():
+        spread = packed.new_zeros(packed.shape[0], in_features + 1)  # the last takes what padding columns give
+        packed = spread.index_add_(1, perm, packed)[:, :-1]
+    return packed.reshape(*grad.shape[:-1], in_features)
+
+
+@triton_matmul_transposed.register_fake
+def _(grad, words, scales, zeros, perm, bits, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, words, scales, zeros, perm, _, *ctx.numbers = inputs
+    ctx.save_for_backward(words, scales, zeros, perm)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    return triton_matmul_transposed(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+
+
+triton_matmul.register_autograd(_backward, setup_context=_save)
+
+
+# ---- the backends ----------------------------------------------------------------------------------------------------
+
+
+class TritonBackend(Backend):
+    """Serves fp16 and bf16 activations wherever Triton compiles for the GPU."""
+
+    name = "triton"
+    description = "Triton kernels: 2, 3, 4, 8 bits, fp16 and bf16, NVIDIA GPUs; nothing to build"
+    rank = 50
+    hip = False
+
+    def unavailable(self) -> str | None:
+        """No Triton, or no GPU of this kind."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; pip install triton (Linux)"
+        if interpreted():
+            return None
+        if bool(torch.version.hip) != self.hip:
+            return f"needs an {'AMD' if self.hip else 'NVIDIA'} GPU and a torch built for it"
+        return None if torch.cuda.is_available() else "torch finds no GPU here"
+
+    def why_not(self, spec: MatmulSpec) -> str | None:
+        """Other devices, dtypes and widths; groups so small that padding them saves nothing."""
+        bits, group_size = spec.config.bits, spec.config.group_size
+        if spec.device.type != ("cpu" if interpreted() else "cuda"):
+            return f"serves GPUs, not {spec.device}"
+        if interpreted() and spec.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        if spec.dtype not in DTYPES:
+            return f"serves float16 and bfloat16 activations, not {spec.dtype}"
+        if bits not in WIDTHS:
+            return f"serves 2, 3, 4 and 8 bits, not {bits}"
+        width = packed_group_size(group_size, spec.in_features)
+        if width > MAX_PADDING * group_size > 0:
+            return f"pads groups of {group_size} columns to {width}, which saves no memory; serves groups from 16"
+        if spec.in_features * spec.out_features * bits >= 2**34:
+            return f"serves weights of up to 2 GiB packed, this one has {spec.out_features} x {spec.in_features}"
+        return None
+
+    def prepare(self, weight: QuantizedWeight, spec: MatmulSpec) -> dict[str, Tensor]:
+        """Lay codes out in tiles; scales and zeros [groups, outputs], scales in float32 for bfloat16 activations.
+
+        Raises BackendError for scales float16 cannot hold.
+        """
+        bits, device = spec.config.bits, spec.device
+        perm, _, groups = layout(weight.g_idx.cpu(), spec.config.group_size)
+        codes = weight.codes.to(device)
+        if perm is not None:
+            perm = torch.where(perm < 0, spec.in_features, perm).to(device, torch.int64)
+            codes = F.pad(codes, (0, 1)).index_select(1, perm)
+        scales = weight.scales.to(torch.float16 if spec.dtype == torch.float16 else torch.float32)
+        if not bool((scales.isfinite() & ((scales != 0) | (weight.scales == 0))).all()):
+            raise BackendError(f"triton: float16 cannot hold scales up to {float(weight.scales.abs().max()):.3g}.")
+
+        def side(values: Tensor) -> Tensor:
+            chosen = values.index_select(1, groups.to(values.device)).t().to(device)
+            return F.pad(chosen, (0, -chosen.shape[1] % ALIGN)).contiguous()
+
+        asymmetric = not spec.config.sym
+        zeros = (
+            side(weight.zeros.to(torch.float16)) if asymmetric else torch.empty(0, dtype=torch.float16, device=device)
+        )
+        # one counter for each output tile of a fused product, zero between products
+        arrived = torch.zeros(-(-FUSED_MAX // 16) * -(-weight.out_features // 16), dtype=torch.int32, device=device)
+        return {
+            "words": pack_tiles(codes, bits, lanes(bits, codes.shape[1])),
+            "scales": side(scales),
+            "zeros": zeros,
+            "perm": torch.empty(0, dtype=torch.int64, device=device) if perm is None else perm,
+            "arrived": arrived,
+        }
+
+    def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
+        """Multiply; within autocast x takes the dtype of the layer, as torch's own linears have it."""
+        if torch.is_autocast_enabled("cuda"):
+            x = x.to(spec.dtype)
+        config, b = spec.config, buffers
+        y: Tensor = torch.ops.qcore.triton_matmul(
+            x, b["words"], b["scales"], b["zeros"], b["perm"], b["arrived"], config.bits,
+            packed_group_size(config.group_size, spec.in_features), spec.in_features, spec.out_features,
+        )  # fmt: skip
+        return y
+
+
+@hookimpl
+def qcore_backends() -> list[Backend]:
+    return [TritonBackend()]

@@ -1,0 +1,148 @@
+"""What a run would do with a model, told before it starts: blocks, groups of linears, what stays in float, what it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import ModelAdapter, _any_expert, is_linear, linears_in
+from .checkpoint import ModelFolder
+from .config import Override, QuantConfig
+from .model import FolderWeights, compute_dtype, skeleton, stored_dtype
+from .plugins import Plugins
+from .run import _shape, check_model, find_adapter, plan_linears
+
+
+def explain(
+    folder: ModelFolder,
+    plugins: Plugins,
+    device: torch.device,
+    *,
+    config: QuantConfig,
+    overrides: Sequence[Override] = (),
+    samples: int,
+    seqlen: int,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Return the plan for a float model in a folder; no weights are read, but for a block or two by the generic adapter.
+
+    {"model_type", "adapter", "assumed", "blocks": how many, "kinds": [{"blocks": indices, "groups": …}], "quantized",
+    "float": [{"what", "weights", "why"}], "size", "size_quantized", "memory", "seconds_forward"}
+    """
+    model = skeleton(folder, trust_remote_code)
+    check_model(model, folder)
+    weights = FolderWeights(model, folder)
+    chosen = find_adapter(model, weights, plugins, device, adapter)
+    linears = plan_linears(model, chosen, config, overrides)
+    shapes = {name: _shape(model.get_submodule(name)) for name in linears}
+    quantized = sum(out * columns for name, (out, columns) in shapes.items() if linears[name] is not None)
+    dtype = compute_dtype(stored_dtype(folder), device)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    code_bytes = sum(_quantized_bytes(*shapes[name], each) for name, each in linears.items() if each is not None)
+    return {
+        "model_type": str(model.config.model_type),  # type: ignore[union-attr]
+        "adapter": chosen.name,
+        "assumed": list(chosen.notes),
+        "blocks": len(chosen.find_blocks(model)),
+        "kinds": _kinds(model, chosen),
+        "quantized": quantized,
+        "float": _kept_float(model, chosen, linears),
+        "size": folder.size(),
+        "size_quantized": code_bytes + (total - quantized) * stored_dtype(folder).itemsize,
+        **_cost(model, chosen, samples * seqlen, device, dtype),
+    }
+
+
+def _quantized_bytes(out: int, columns: int, config: QuantConfig) -> int:
+    """Codes, and per group a scale of 16 bits and a zero point."""
+    groups = 1 if config.group_size == -1 else -(-columns // config.group_size)
+    return out * (columns * config.bits + groups * (16 + config.bits)) // 8
+
+
+def _kinds(model: nn.Module, adapter: ModelAdapter) -> list[dict[str, Any]]:
+    """Blocks with the same groups of the same shapes, in one entry; experts alike are shown once, with their number."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for index, (_, block) in enumerate(adapter.find_blocks(model)):
+        groups = []
+        for stage in adapter.stages_in(block):
+            names = stage[0] if len(stage) == 1 else [_any_expert(name) for name in stage[0]]
+            shapes = [list(_shape(block.get_submodule(name))) for name in stage[0]]
+            members = [{"linear": name, "shape": shape} for name, shape in zip(names, shapes, strict=True)]
+            groups.append({"linears": members, "times": len(stage)})
+        kinds.setdefault(repr(groups), {"blocks": [], "groups": groups})["blocks"].append(index)
+    return list(kinds.values())
+
+
+def _kept_float(
+    model: nn.Module, adapter: ModelAdapter, linears: dict[str, QuantConfig | None]
+) -> list[dict[str, Any]]:
+    """What is not quantized, by reason."""
+    reasons: dict[str, list[tuple[str, int]]] = {}
+    routers = {
+        f"{name}.{short}"
+        for name, block in adapter.find_blocks(model)
+        for short in linears_in(block)
+        if adapter.keeps_float(short)
+    }
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        if linears.get(owner) is not None and name.endswith(".weight"):
+            continue
+        inside = owner.startswith(f"{adapter.blocks}.")
+        if owner in routers:
+            why = "routers: few weights that decide much"
+        elif owner in linears:
+            why = "biases" if name.endswith(".bias") else "skipped by an override"
+        elif not inside:
+            why = "outside the decoder blocks (embeddings, output head, other towers)"
+        elif is_linear(module):
+            why = "linears that the adapter names in no group"
+        else:
+            why = "norms and other small parameters" if parameter.ndim < 3 else "fused in a way that is not known here"
+        reasons.setdefault(why, []).append((name, parameter.numel()))
+    return [
+        {"why": why, "tensors": len(found), "weights": sum(size for _, size in found), "example": found[0][0]}
+        for why, found in reasons.items()
+    ]
+
+
+def _cost(
+    model: nn.Module, adapter: ModelAdapter, tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The least memory and time of a streamed run: the largest block and the hidden states, twice; one forward pass of the
+    linears at this machine's speed, each token with the experts it takes. What the algorithm does comes on top.
+    """
+    width = int(getattr(model.config, "hidden_size", 0) or 0)
+    largest, work = 0, 0.0
+    for _, block in adapter.find_blocks(model):
+        largest = max(largest, sum(parameter.numel() for parameter in block.parameters()))
+        active = sum(_active(model, block, stage) for stage in adapter.stages_in(block))
+        work += 2.0 * active * tokens
+    return {
+        "memory": largest * dtype.itemsize + 2 * tokens * width * dtype.itemsize,
+        "seconds_forward": work / _speed(device, dtype),
+    }
+
+
+def _active(model: nn.Module, block: nn.Module, stage: Sequence[Sequence[str]]) -> float:
+    """Weights of a stage that a token meets."""
+    sizes = [sum(out * columns for out, columns in (_shape(block.get_submodule(n)) for n in group)) for group in stage]
+    chosen = int(getattr(model.config, "num_experts_per_tok", 0) or len(stage)) if len(stage) > 1 else 1
+    return sum(sizes) / len(sizes) * min(chosen, len(sizes))
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds times two per second of a matrix product here."""
+    a, b = torch.ones(256, 1024, device=device, dtype=dtype), torch.ones(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a number waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * 256 * 1024 * 1024 / best

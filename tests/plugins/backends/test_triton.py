@@ -1,0 +1,179 @@
+"""The backends `triton` and `rocm`: arithmetic in Triton's interpreter, code for GPUs compiled ahead of time, layout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qcore_plugins.backends import triton as backend_module
+
+from qcore import BackendError, MatmulSpec, QuantConfig
+from qcore.plugins import installed
+from qcore.testing import check_backend, random_weight
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+BACKEND = installed().get("backend", "triton")
+
+INTERPRETED = """
+import torch
+from qcore import MatmulSpec, QuantConfig
+from qcore.plugins import installed
+from qcore.testing import check_backend, random_weight
+
+backend = installed().get("backend", "triton")
+assert backend.unavailable() is None
+print("served", check_backend(backend, "cpu", (torch.float16,)))
+for bits, group_size, sym, act_order, out, columns, m in [
+    (4, 64, True, False, 130, 576, 3), (3, 32, False, True, 70, 320, 17), (2, -1, True, False, 1, 48, 5),
+    (8, 128, False, False, 200, 1024, 40), (4, 128, True, False, 128, 2048, 1), (4, 32, False, False, 64, 96, 80),
+]:
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym)
+    weight = random_weight(out, columns, config, act_order)
+    spec = MatmulSpec(config, columns, out, act_order, torch.float16, torch.device("cpu"))
+    buffers = backend.prepare(weight, spec)
+    x = torch.randn(m, columns, generator=torch.Generator().manual_seed(1)).half()
+    first = backend.matmul(x, buffers, spec)
+    exact = x.double() @ weight.dequantize().double().t()
+    error = float((first.double() - exact).norm() / exact.norm())
+    assert error < 2e-3, (bits, m, error)
+    assert torch.equal(first, backend.matmul(x, buffers, spec)), "the same input gives the same bits"
+    assert not buffers["arrived"].any()
+    print("ok", bits, m, error)
+"""
+
+
+def test_the_kernels_are_right_in_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert result.stdout.count("ok") == 6
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.sampled_from([2, 3, 4, 8]), out=st.integers(1, 140), columns=st.integers(1, 300))
+def test_tiles_hold_every_code_once(bits: int, out: int, columns: int) -> None:
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    sub = backend_module.lanes(bits, columns)
+    words = backend_module.pack_tiles(codes, bits, sub)
+    per_word, per_lane = backend_module._shape(bits)
+    assert words.shape[1:3] == (per_word, sub)
+    stream = (words.long() & 0xFFFFFFFF).permute(3, 0, 2, 1)  # [outputs, tiles, sub, words]
+    for _ in range(20):
+        row, column = int(torch.randint(out, ())), int(torch.randint(columns, ()))
+        tile, inside = divmod(column, sub * per_lane)
+        j, lane = divmod(inside, sub)
+        word, shift = divmod(j * bits, 32)
+        lane_words = [*stream[row, tile, lane].tolist(), 0]
+        code = ((lane_words[word] | lane_words[word + 1] << 32) >> shift) & (2**bits - 1)
+        assert code == codes[row, column]
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qcore_plugins.backends import triton_kernels
+
+kind, arch, warp, dtype, bits, block_m = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+words, codes = {4: (1, 8), 8: (1, 4), 2: (1, 16), 3: (3, 32)}[bits]
+kernel = triton_kernels.matmul
+scale = "fp16" if dtype == "fp16" else "fp32"
+types = dict(x=f"*{dtype}", words="*i32", scales=f"*{scale}", zeros="*fp16", y=f"*{dtype}", sums="*fp32", arrived="*i32")
+constants = dict(BITS=bits, WORDS=words, CODES=codes, SUB=32, ZERO=8, BLOCK_M=block_m, BLOCK_N=64, SPLIT=True)
+signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, warp)
+compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": 4, "num_stages": 2})
+text = compiled.asm["ptx" if kind == "cuda" else "amdgcn"]
+print(sorted({word for word in ("mma.sync", "wgmma", "v_mfma", "v_wmma") if word in text}), compiled.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "warp", "dtype", "bits", "instruction"),
+    [
+        ("cuda", "80", 32, "fp16", 4, "mma.sync"),
+        ("cuda", "90", 32, "bf16", 3, "mma.sync"),
+        ("hip", "gfx90a", 64, "fp16", 4, "v_mfma"),
+        ("hip", "gfx942", 64, "bf16", 8, "v_mfma"),
+        ("hip", "gfx1100", 32, "fp16", 2, "v_wmma"),
+    ],
+)
+def test_the_kernel_compiles_to_matrix_instructions(
+    kind: str, arch: str, warp: int, dtype: str, bits: int, instruction: str
+) -> None:
+    arguments = [kind, arch, str(warp), dtype, str(bits), "16"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert instruction in result.stdout
+
+
+def spec(**changes: object) -> MatmulSpec:
+    config = QuantConfig(**{"bits": 4, "group_size": 128, "sym": True, **changes.pop("config", {})})  # type: ignore[arg-type]
+    return MatmulSpec(
+        config, 256, 256, False, changes.pop("dtype", torch.float16), torch.device(changes.pop("device", "cuda"))
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"device": "cpu"}, "serves GPUs, not cpu"),
+        ({"dtype": torch.float32}, "not torch.float32"),
+        ({"config": {"bits": 5}}, "not 5"),
+        ({"config": {"group_size": 8}}, "saves no memory"),
+    ],
+)
+def test_what_it_cannot_serve_is_said(changes: dict[str, object], says: str) -> None:
+    assert says in BACKEND.why_not(spec(**changes))
+
+
+def test_amd_and_nvidia_are_told_apart() -> None:
+    reasons = {name: installed().get("backend", name).unavailable() for name in ("triton", "rocm")}
+    if torch.version.hip is None:
+        assert reasons["rocm"] == "needs an AMD GPU and a torch built for it"
+    if not torch.cuda.is_available():
+        assert all(reasons.values())
+
+
+def test_tensors_that_do_not_fit_are_refused_before_a_launch() -> None:
+    weight = random_weight(64, 256, QuantConfig(bits=4, group_size=128, sym=True))
+    buffers = BACKEND.prepare(weight, MatmulSpec(weight.config, 256, 64, False, torch.float16, torch.device("cpu")))
+    arguments = [buffers[name] for name in ("words", "scales", "zeros", "perm", "arrived")]
+    x = torch.zeros(2, 256, dtype=torch.float16)
+    for wrong, says in [
+        ((x.float(), *arguments), "expected float16 or bfloat16"),
+        ((x[:, :255], *arguments), r"\[\.\.\., 256\]"),
+        ((x, arguments[0][:, :, :16].contiguous(), *arguments[1:]), "words are"),
+        ((x, arguments[0], arguments[1][:, :64].contiguous(), *arguments[2:]), "scales are"),
+    ]:
+        with pytest.raises(BackendError, match=says):
+            torch.ops.qcore.triton_matmul(*wrong, 4, 128, 256, 64)
+
+
+@pytest.mark.gpu
+def test_it_is_right_on_a_gpu() -> None:
+    assert check_backend(BACKEND, "cuda", (torch.float16, torch.bfloat16)) == 64
+
+
+@pytest.mark.gpu
+def test_a_graph_repeats_the_same_bits() -> None:
+    weight = random_weight(4096, 4096, QuantConfig(bits=4, group_size=128, sym=True))
+    layer = MatmulSpec(weight.config, 4096, 4096, False, torch.float16, torch.device("cuda"))
+    buffers = BACKEND.prepare(weight, layer)
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.float16)
+    expected = BACKEND.matmul(x, buffers, layer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = BACKEND.matmul(x, buffers, layer)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(y, expected)
