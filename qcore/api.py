@@ -47,6 +47,7 @@ from .model import (
     load_quantized,
     load_tokenizer,
     match_keys,
+    save_own_code,
     skeleton,
     stored_dtype,
 )
@@ -379,6 +380,8 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
         tokenizer = tokenizer or (None if files else info.tokenizer)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        if getattr(model, "_auto_class", None) and not any(name.endswith(".py") for name in files):
+            config |= save_own_code(model, Path(scratch))
         if getattr(model, "generation_config", None) is not None and "generation_config.json" not in files:
             model.generation_config.save_pretrained(scratch)  # type: ignore[operator, union-attr]
         files |= {file.name: file for file in sorted(Path(scratch).iterdir()) if file.is_file()}

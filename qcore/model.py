@@ -142,6 +142,14 @@ def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torc
     return model.eval()
 
 
+def save_own_code(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the code of a model that brought its own; return what its config.json must say about it."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    custom_object_save(model, folder, config=model.config)
+    return {"auto_map": model.config.auto_map}  # type: ignore[union-attr]
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hold back transformers' progress bars and warnings, then leave its logging as it was."""

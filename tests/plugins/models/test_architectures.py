@@ -14,7 +14,7 @@ from qcore.run import find_adapter
 from qcore.testing import check_adapter
 
 #: algorithm -> options that make it quick
-ALGORITHMS = {"gptq": {}}
+ALGORITHMS = {"gptq": {}, "autoround": {"iters": 3, "bs": 4}}
 CPU = torch.device("cpu")
 #: 8 bits with groups of 32 round to 0.4 % of a group's largest weight; two blocks of it move the logits of these
 #: models by 0.1 to 2 %. A linear whose input was missed, or whose rows went astray, moves them by far more.

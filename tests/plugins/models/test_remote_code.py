@@ -1,13 +1,8 @@
 """Models whose code comes with them, through the real remote-code path: stand-ins in remote/ say whose shape they have."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-import transformers
-from zoo import enliven
+from zoo import REMOTE, write_repository
 
 import qcore
 from qcore import Algorithm, ModelError
@@ -17,41 +12,13 @@ from qcore.plugins import installed
 from qcore.run import find_adapter
 from qcore.testing import check_adapter
 
-#: name -> file, config class, model class, what the config adds
-REMOTE = {
-    "moss": ("moss", "MossConfig", "MossForCausalLM", {}),
-    "baichuan-7b": ("baichuan", "BaichuanConfig", "BaichuanForCausalLM", {}),
-    "baichuan-13b": ("baichuan", "BaichuanConfig", "BaichuanForCausalLM", {"alibi": True}),
-    "qwen": ("qwen", "QWenConfig", "QWenLMHeadModel", {}),
-    "chatglm3": ("chatglm", "ChatGLMConfig", "ChatGLMForConditionalGeneration", {}),
-    "RefinedWebModel": ("RW", "RWConfig", "RWForCausalLM", {
-        "vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 96,
-        "model_type": "RefinedWebModel", "bos_token_id": 0, "eos_token_id": 1,
-    }),
-}  # fmt: skip
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=REMOTE)
 def repository(request, tmp_path):
     """A model folder with its own code, as a hub repository has it, and the very model that was saved in it."""
-    file, config_class, model_class, config = REMOTE[request.param]
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    module = f"modeling_{file}"
-    shutil.copy(Path(__file__).parent / "remote" / f"{module}.py", folder)
-    auto_map = {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
-    text = json.dumps({"architectures": [model_class], "auto_map": auto_map, **config})
-    (folder / "config.json").write_text(text)
-    settled = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(settled, trust_remote_code=True)
-    enliven(model)
-    model.save_pretrained(folder)
-    saved = json.loads((folder / "config.json").read_text())
-    assert "auto_map" in saved
-    return folder, model.eval()
+    return tmp_path / "repository", write_repository(request.param, tmp_path / "repository")
 
 
 def logits(model, ids):
@@ -84,6 +51,9 @@ def test_with_the_word_it_is_quantized_and_loaded(repository, tmp_path, tokens):
     assert torch.equal(logits(qcore.load(saved, trust_remote_code=True), ids), found)
     with pytest.raises(ModelError, match="trust_remote_code=True"):
         qcore.load(out)
+    given = qcore.quantize(original, "gptq", **settings)  # a module whose folder qcore never saw brings its code along
+    again = qcore.load(qcore.save(given, tmp_path / "given"), trust_remote_code=True)
+    assert torch.equal(logits(again, ids), found)
 
 
 def test_a_declaration_fits_and_looking_finds_it(repository):

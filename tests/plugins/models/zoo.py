@@ -5,6 +5,9 @@ Sides are multiples of 32, so that formats hold them at every width. Windows are
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +89,18 @@ UNDECLARED: dict[str, dict[str, Any]] = {
     "starcoder2": {**GROUPED, "sliding_window": 8},
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96},
 }
+#: models whose code comes with them: name -> file in remote/, config class, model class, what the config adds
+REMOTE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "moss": ("moss", "MossConfig", "MossForCausalLM", {}),
+    "baichuan-7b": ("baichuan", "BaichuanConfig", "BaichuanForCausalLM", {}),
+    "baichuan-13b": ("baichuan", "BaichuanConfig", "BaichuanForCausalLM", {"alibi": True}),
+    "qwen": ("qwen", "QWenConfig", "QWenLMHeadModel", {}),
+    "chatglm3": ("chatglm", "ChatGLMConfig", "ChatGLMForConditionalGeneration", {}),
+    "RefinedWebModel": ("RW", "RWConfig", "RWForCausalLM", {
+        "vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 96,
+        "model_type": "RefinedWebModel", "bos_token_id": 0, "eos_token_id": 1,
+    }),
+}  # fmt: skip
 ZOO = {**DENSE, **SPARSE, **UNDECLARED}
 
 
@@ -112,3 +127,23 @@ def enliven(model: Any) -> None:
             parameter.add_(0.1 * noise)
         else:
             parameter.copy_(noise * (0.5 if parameter is embeddings else parameter.shape[-1] ** -0.5))
+
+
+def write_repository(name: str, folder: Path) -> Any:
+    """Write a folder with the code of a REMOTE model, as a hub repository has it, and return the model saved in it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file, config_class, model_class, config = REMOTE[name]
+    module = f"modeling_{file}"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(__file__).parent / "remote" / f"{module}.py", folder)
+    auto_map = {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
+    (folder / "config.json").write_text(json.dumps({"architectures": [model_class], "auto_map": auto_map, **config}))
+    settled = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(settled, trust_remote_code=True)
+    enliven(model)
+    model.save_pretrained(folder)
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    return model.eval()
