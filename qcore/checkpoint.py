@@ -526,6 +526,7 @@ def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+    patterns += [file for exporter in plugins.usable("format").values() for file in exporter.weight_files]
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -302,6 +302,38 @@ def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) 
     )
 
 
+@cli.command()
+@click.argument("model")
+@click.option("--target", required=True, help="Where it shall run; see `qcore targets`.")
+@click.option("--format", "format_", help="Of a plan: the format.  [default: gptq]")
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8), help="Of a plan.")
+@click.option("--group-size", default=128, show_default=True, help="Of a plan.")
+@click.option("--sym/--asym", default=True, show_default=True, help="Of a plan.")
+@click.option("--act-order", is_flag=True, help="Of a plan.")
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="Of a plan; repeatable.")
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target; repeatable.")
+@json_option
+def check(model: str, target: str, format_: str | None, options: tuple[str, ...], as_json: bool, **plan: Any) -> None:
+    """Tell whether --target loads MODEL, a quantized folder or a float one with a plan. Exit code 1 when it does not."""
+    from dataclasses import asdict
+
+    from . import checking
+    from .errors import name_list
+
+    findings = checking.check(model, target, format=format_, **plan, **_pairs(options))
+    refused = any(finding.level == "refuses" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"loads": not refused, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for found in findings:
+            layers = f" [{name_list(found.layers, 3)}]" if found.layers else ""
+            click.echo(
+                f"{found.level}: {found.rule}: {found.message}{layers}{f' ({found.source})' if found.source else ''}"
+            )
+        click.echo(f"{target} {'does not load' if refused else 'loads'} it")
+    sys.exit(1 if refused else 0)
+
+
 @cli.command("build-kernels")
 @click.argument("backend", required=False)
 def build_kernels(backend: str | None) -> None:
@@ -355,6 +387,7 @@ _listing_command("algorithms", "algorithm", "List the algorithms.")
 _listing_command("models", "model", "List the declared model adapters; any other causal model gets the generic one.")
 _listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
+_listing_command("targets", "target", "List the programs that `qcore check` knows the rules of.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .calibration import CalibrationDataset
     from .exporter import Exporter
+    from .target import Target
 
 PLUGIN_API_VERSION = 1
 
@@ -53,6 +54,11 @@ def qcore_exporters() -> list[Exporter]:  # type: ignore[empty-body]
 @hookspec
 def qcore_calibration_datasets() -> list[CalibrationDataset]:  # type: ignore[empty-body]
     """Offer named sources of calibration text or tokens, as instances. Called when a dataset is named."""
+
+
+@hookspec
+def qcore_targets() -> list[Target]:  # type: ignore[empty-body]
+    """Offer programs that load quantized models, as instances. Called when `qcore check` names one."""
 
 
 @hookspec(firstresult=True)

@@ -28,6 +28,7 @@ KINDS = MappingProxyType(
         "qcore_backends": "backend",
         "qcore_exporters": "format",
         "qcore_calibration_datasets": "dataset",
+        "qcore_targets": "target",
     }
 )
 
@@ -39,6 +40,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
     from .backend import Backend
     from .calibration import CalibrationDataset
     from .exporter import Exporter
+    from .target import Target
 
     kinds: dict[str, tuple[type, bool]] = {
         "algorithm": (Algorithm, True),
@@ -46,6 +48,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
         "backend": (Backend, False),
         "format": (Exporter, False),
         "dataset": (CalibrationDataset, False),
+        "target": (Target, False),
     }
     return kinds[kind]
 
