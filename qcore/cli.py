@@ -283,12 +283,13 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
+@click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
 @json_option
-def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) -> None:
+def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
     from . import api, conversion
 
-    conversion.convert(model, output, format_, lossy=lossy)
+    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
     if as_json:

@@ -41,7 +41,7 @@ def _widths(subject: Subject) -> list[Finding]:
     known = {
         "gptq": {(4, True)} if on_cpu else {(b, s) for b in (2, 3, 4, 8) for s in (True, False)},
         "autoround": {(4, True), (4, False)} if on_cpu else {(b, s) for b in (2, 3, 4, 8) for s in (True, False)},
-        "compressed-tensors": {(4, True)} if on_cpu else {(4, True), (8, True), (4, False), (8, False)},
+        "compressed-tensors": {(4, True), (4, False)} if on_cpu else {(4, True), (8, True), (4, False), (8, False)},
     }
     known["gptq_v2"] = known["gptq"]
     allowed = known.get(subject.format)

@@ -31,6 +31,7 @@ FOLDERS = {
     "gptq-8s": (None, "gptq", {"bits": 8}),
     "awq-4a": (None, "awq", {"bits": 4, "sym": False}),
     "autoround-2a": (None, "autoround", {"bits": 2, "sym": False, "group_size": 32}),
+    "gptq-4a": ("awq-4a", "gptq", {}),
     "gptq_v2-4a": ("awq-4a", "gptq_v2", {}),
     "awq-4s": ("gptq-4s", "awq", {}),
     "autoround-4s": ("gptq-4s", "autoround", {}),
@@ -87,7 +88,7 @@ MATRIX = [
     ("compressed-tensors", "transformers", "ct-4a"), ("compressed-tensors", "transformers", "dense-4s"),
     ("gptqmodel", "transformers", "gptq-4s"), ("gptqmodel", "gptqmodel", "gptq-4s"), ("gptqmodel", "gptqmodel", "gptq_v2-4a"),
     ("auto-round", "transformers", "autoround-4s"), ("auto-round", "transformers", "autoround-2a"),
-    ("vllm", "vllm", "gptq-4s"), ("vllm", "vllm", "awq-4a"), ("vllm", "vllm", "ct-4s"), ("vllm", "vllm", "autoround-4s"),
+    ("vllm", "vllm", "gptq-4s"), ("vllm", "vllm", "awq-4a"), ("vllm", "vllm", "ct-4s"), ("vllm", "vllm", "autoround-4s"), ("vllm", "vllm", "awq-4s"), ("vllm", "vllm", "ct-4a"), ("vllm", "vllm", "autoround-4a"),
 ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_a_client_continues_as_qcore_does(folder, environment, client, name):
             )
 
 
-@pytest.mark.parametrize("name", ["gptq-8s", "ct-8s", "ct-4a", "gptq_v2-4a"])
+@pytest.mark.parametrize("name", ["gptq-8s", "ct-8s", "gptq-4a"])
 def test_what_check_says_vllm_refuses_it_refuses(folder, name):
     findings = qcore.check(folder(name), "vllm", device="cpu")
     assert any(finding.level == "refuses" for finding in findings)
