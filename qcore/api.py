@@ -24,12 +24,14 @@ from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import (
     PROVENANCE,
     ModelFolder,
+    check_manifest,
     check_output,
     complete_folder,
     disk_errors,
     folder_config,
     read_json,
     resolve_model,
+    write_manifest,
 )
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
@@ -324,9 +326,12 @@ def save(
     format: str = DEFAULT_FORMAT,
     *,
     tokenizer: Any = None,
+    manifest: bool = False,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
+
+    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check.
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.
@@ -336,6 +341,8 @@ def save(
     target = Path(folder)
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)
+        if manifest:
+            write_manifest(draft)
     return target
 
 
@@ -625,6 +632,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "float_tensors": sorted(floats),
         "provenance": {key: value for key, value in content.provenance.items() if key != "layers"},
         "notes": list(content.notes),
+        "manifest": check_manifest(path),
     }
 
 
