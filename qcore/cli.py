@@ -355,7 +355,7 @@ def check(model: str, target: str, format_: str | None, options: tuple[str, ...]
     from . import checking
     from .errors import name_list
 
-    findings = checking.check(model, target, format=format_, **plan, **_pairs(options))
+    findings = checking.check(model, target, format=format_, **plan, **parse_options(options))
     refused = any(finding.level == "refuses" for finding in findings)
     if as_json:
         click.echo(json.dumps({"loads": not refused, "findings": [asdict(finding) for finding in findings]}))
