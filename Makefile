@@ -1,9 +1,10 @@
+# make test-interop: real clients load what qcore writes, each in an environment of its own (gigabytes).
 # make demo: the main job on an embedded model. make test: everything CI checks. Both install what they need.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-interop lint install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "not gpu and not interop" -n 2 --dist loadfile --durations 10
+
+test-interop: install
+	$(BIN)/python -m pytest -m interop tests/interop
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

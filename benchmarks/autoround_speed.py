@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import qcore
-from qcore.cli import _pairs
+from qcore.cli import parse_options
 from qcore.plugins import Plugins
 from qcore.testing import tiny_transformer
 
@@ -75,7 +75,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats(device)
     qcore.quantize(
         model, arguments.algo, bits=arguments.bits, group_size=128, calibration=tokens, samples=arguments.samples,
-        seqlen=arguments.seqlen, device=device, plugins=plugins, **_pairs(tuple(arguments.options)),
+        seqlen=arguments.seqlen, device=device, plugins=plugins, **parse_options(tuple(arguments.options)),
     )  # fmt: skip
     if device.type == "cuda":
         print(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB allocated, "

@@ -6,7 +6,7 @@ Shapes are K x N: inputs x outputs. Times are medians in milliseconds, of the wh
 `factor`, `updates` of the columns behind each block (matrix products both), and `columns`: grid search and loop over columns,
 what the compiled solvers replace. Beside them: the share of codes that equal the reference's, and the loss
 tr((W - Q) H (W - Q)') over the reference's. Where a tie falls the other way a row goes on differently: codes may differ, losses
-may not. On a CPU the threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time, for a machine with other work.
+may not. With --tile 8x1,16x2 the Triton kernel's rows of a program x warps are tried in turn. On a CPU the threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time, for a machine with other work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,15 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def updates(W: Tensor, H: Tensor, block: int) -> None:
-    """The products that update the columns behind each block, with any numbers."""
-    Wt, Err = W.t().contiguous(), W.t()[:block].contiguous()
-    for stop in range(block, len(Wt), block):
-        Wt[stop:].addmm_(H[stop - block : stop, stop:].t(), Err, alpha=-1)
+def updates(W: Tensor, H: Tensor, config: QuantConfig, params: gptq.Gptq.Params) -> None:
+    """The products that update the columns behind each block and panel, with any numbers."""
+    Wt = W.t().contiguous()
+    size = len(Wt) if config.group_size == -1 else config.group_size
+    for panel in gptq._panels(len(Wt), size, params.block_size):
+        begin, end = panel[0][0], panel[-1][1]
+        for start, stop in panel:
+            Wt[stop:end].addmm_(H[start:stop, stop:end].t(), Wt[start:stop], alpha=-1)
+        Wt[end:].addmm_(H[begin:end, end:].t(), Wt[begin:end], alpha=-1)
 
 
 def loss(W: Tensor, H: Tensor, solution: gptq.Solution) -> float:
@@ -90,10 +94,17 @@ def loss(W: Tensor, H: Tensor, solution: gptq.Solution) -> float:
     return float(((E @ H) * E).double().sum())
 
 
-def solvers(wanted: str, device: torch.device) -> dict[str, gptq.Columns]:
-    """The reference, and what is wanted or what `auto` takes here."""
+def solvers(wanted: str, device: torch.device, tiles: str | None) -> Iterator[tuple[str, gptq.Columns]]:
+    """The reference, and what is wanted or what `auto` takes here, once for each tile."""
+    yield "torch", gptq.quantize_columns
     label, found = gptq.solver_for(wanted, device)
-    return {"torch": gptq.quantize_columns} | ({label.split()[0]: found} if label != "torch" else {})
+    for tile in (tiles or "").split(","):
+        if tile:
+            from qcore_plugins.algorithms import gptq_triton
+
+            gptq_triton.ROWS, gptq_triton.WARPS = map(int, tile.split("x"))
+        if label != "torch":
+            yield f"{label.split()[0]} {tile}".strip(), found
 
 
 def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,9 +115,9 @@ def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any
     perm = torch.randperm(K, device=device)
     clock = Clock(device, arguments.repeats, arguments.cpu_time)
     factor = clock.median(lambda: gptq.inverse_factor(H, perm, params.damp_percent, params.shrink))
-    products = clock.median(lambda: updates(W, H, params.block_size))
+    products = clock.median(lambda: updates(W, H, config, params))
     rows, reference = [], None
-    for name, quantize in solvers(arguments.solver, device).items():
+    for name, quantize in solvers(arguments.solver, device, arguments.tile):
 
         def solve(quantize: gptq.Columns = quantize) -> gptq.Solution:
             solution = gptq.solve(W, H, config, params, quantize)
@@ -127,6 +138,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="K x N, separated by commas; 2048x2048 on a CPU")
     parser.add_argument("--solver", default="auto")
+    parser.add_argument("--tile", help="rows x warps of the Triton kernel, separated by commas")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
@@ -141,10 +153,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in (arguments.shapes or default).split(","):
         K, N = map(int, shape.split("x"))
-        rows += measure(K, N, arguments)
-        for row in rows[-2:]:
+        rows += (measured := measure(K, N, arguments))
+        for row in measured:
             cells = (f"{key} {value:.6f}" if key in ("codes equal", "loss ratio") else f"{key} {value:.1f}" for key, value in list(row.items())[2:])  # fmt: skip
-            print(f"{row['shape']:12} {row['solver']:7} {'  '.join(cells)}", flush=True)
+            print(f"{row['shape']:12} {row['solver']:12} {'  '.join(cells)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

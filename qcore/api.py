@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import (
     PROVENANCE,
     ModelFolder,
+    check_manifest,
     check_output,
     complete_folder,
     disk_errors,
     folder_config,
     read_json,
     resolve_model,
+    write_manifest,
 )
 from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
@@ -104,7 +107,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "auto",
     tokenizer: Any = None,
-    adapter: str | None = None,
+    adapter: str | ModelAdapter | None = None,
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
@@ -121,7 +124,7 @@ def quantize(
     bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
     calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
         pass (None: chosen by size). seed: for everything random.
-    device: "auto" takes a GPU when there is one. adapter: an adapter's name; None goes by the model's type.
+    device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
@@ -323,9 +326,12 @@ def save(
     format: str = DEFAULT_FORMAT,
     *,
     tokenizer: Any = None,
+    manifest: bool = False,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
+
+    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check.
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.
@@ -335,6 +341,8 @@ def save(
     target = Path(folder)
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)
+        if manifest:
+            write_manifest(draft)
     return target
 
 
@@ -624,6 +632,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "float_tensors": sorted(floats),
         "provenance": {key: value for key, value in content.provenance.items() if key != "layers"},
         "notes": list(content.notes),
+        "manifest": check_manifest(path),
     }
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +232,8 @@ class ShardWriter:
     """Writes tensors one by one into safetensors shards of at most `limit` bytes, then the index.
 
     A safetensors header stands before the data and lists every offset, so room for it is reserved and padded with
-    the spaces the format allows; memory never holds more than one tensor.
+    the spaces the format allows; memory never holds more than one tensor. What is written goes to the disk while the next
+    tensor is made.
     """
 
     HEADER_ROOM = 256  # bytes per tensor: name, dtype, shape, offsets
@@ -243,6 +246,8 @@ class ShardWriter:
         self.total = 0
         self._file: Any = None
         self._written = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; shapes, dtype and order are kept."""
@@ -263,10 +268,21 @@ class ShardWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._written, self._written + size],
         }
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with disk_errors(f"writing {path}"):
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(data)
+            if self._flushing is None or self._flushing.done():
+                self._flushed()
+                self._file.flush()
+                self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
         self._written += size
         self.total += size
+
+    def _flushed(self) -> None:
+        """Wait for the disk, and raise what it has to say."""
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
 
     def _finish_shard(self) -> None:
         if self._file is None:
@@ -276,6 +292,7 @@ class ShardWriter:
         if len(encoded) > self.room:
             raise CheckpointError(f"the header of {path} needs {len(encoded)} bytes, {self.room} were reserved.")
         with disk_errors(f"writing {path}"):
+            self._flushed()
             self._file.seek(0)
             self._file.write(self.room.to_bytes(8, "little") + encoded)
             self._file.flush()
@@ -286,6 +303,7 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the last shard, give the files their names, write the index when there is more than one."""
         self._finish_shard()
+        self._flusher.shutdown()
         count = len(self.shards)
         weight_map = {}
         for number, (path, header) in enumerate(self.shards, 1):
@@ -321,6 +339,42 @@ def complete_folder(target: Path, scratch: Path | None = None) -> Iterator[Path]
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+MANIFEST = "SHA256SUMS"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sha256 of every file into SHA256SUMS, as `sha256sum -c` reads it."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
+    text = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    write_atomic(folder / MANIFEST, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def check_manifest(folder: Path) -> bool | None:
+    """Whether a folder has a manifest that holds; None without one.
+
+    Raises CheckpointError naming the first file that is missing or differs.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    with disk_errors(f"reading {folder / MANIFEST}"):
+        lines = (folder / MANIFEST).read_bytes().decode("utf-8", "replace").splitlines()
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is no file in the folder.")
+        if _sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} is not the file that {MANIFEST} was written for.")
+    return True
+
+
+def _sha256(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with disk_errors(f"reading {path}"), path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def check_output(target: Path) -> None:
@@ -529,6 +583,7 @@ def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+    patterns += [file for exporter in plugins.usable("format").values() for file in exporter.weight_files]
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

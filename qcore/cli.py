@@ -317,12 +317,13 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
+@click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
 @json_option
-def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) -> None:
+def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
     from . import api, conversion
 
-    conversion.convert(model, output, format_, lossy=lossy)
+    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
     if as_json:
@@ -334,6 +335,38 @@ def convert(model: str, output: Path, format_: str, lossy: bool, as_json: bool) 
     click.echo(
         f"{output}: {report['converted']['from']} to {format_}, {f'{len(lost)} linears changed' if lost else 'exact'}"
     )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--target", required=True, help="Where it shall run; see `qcore targets`.")
+@click.option("--format", "format_", help="Of a plan: the format.  [default: gptq]")
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8), help="Of a plan.")
+@click.option("--group-size", default=128, show_default=True, help="Of a plan.")
+@click.option("--sym/--asym", default=True, show_default=True, help="Of a plan.")
+@click.option("--act-order", is_flag=True, help="Of a plan.")
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="Of a plan; repeatable.")
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target; repeatable.")
+@json_option
+def check(model: str, target: str, format_: str | None, options: tuple[str, ...], as_json: bool, **plan: Any) -> None:
+    """Tell whether --target loads MODEL, a quantized folder or a float one with a plan. Exit code 1 when it does not."""
+    from dataclasses import asdict
+
+    from . import checking
+    from .errors import name_list
+
+    findings = checking.check(model, target, format=format_, **plan, **_pairs(options))
+    refused = any(finding.level == "refuses" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"loads": not refused, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for found in findings:
+            layers = f" [{name_list(found.layers, 3)}]" if found.layers else ""
+            click.echo(
+                f"{found.level}: {found.rule}: {found.message}{layers}{f' ({found.source})' if found.source else ''}"
+            )
+        click.echo(f"{target} {'does not load' if refused else 'loads'} it")
+    sys.exit(1 if refused else 0)
 
 
 @cli.command("build-kernels")
@@ -470,6 +503,7 @@ _listing_command("plugins", None, "List every plugin: what it offers, where it c
 _listing_command("algorithms", "algorithm", "List the algorithms.")
 _listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
+_listing_command("targets", "target", "List the programs that `qcore check` knows the rules of.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")
 _listing_command("tasks", "task", "List the evaluation tasks.")
 

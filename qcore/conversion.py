@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import __version__, grid
 from .api import open_content
-from .checkpoint import check_output, complete_folder, resolve_model
+from .checkpoint import check_output, complete_folder, resolve_model, write_manifest
 from .config import QuantConfig
 from .errors import CheckpointError, name_list
 from .exporter import Content, Exporter, LayerSpec
@@ -33,6 +33,7 @@ def convert(
     format: str,
     *,
     lossy: bool = False,
+    manifest: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
@@ -40,6 +41,7 @@ def convert(
 
     lossy: what the format cannot hold exactly is changed to the nearest it can, rounded again, or kept in float;
         `qcore.json` says which layers and by how much, under `converted`.
+    manifest: write SHA256SUMS too.
 
     Raises CheckpointError naming the layers and why, when the format cannot hold them and `lossy` is not given.
 
@@ -63,6 +65,8 @@ def convert(
     try:
         with complete_folder(target) as draft:
             exporter.save(content if lossy else _checked(exporter, content), draft)
+            if manifest:
+                write_manifest(draft)
     except _Inexact:
         raise _refusal(exporter, dict(inexact(exporter, content))) from None
     return target

@@ -63,6 +63,8 @@ class Exporter(ABC):
     description: ClassVar[str] = ""
     #: what stands as `quant_method` in the config of its folders, for transformers
     quant_methods: ClassVar[tuple[str, ...]] = ()
+    #: weight files of its folders that are not *.safetensors, to be fetched from a hub
+    weight_files: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def why_not(self, layer: LayerSpec) -> str | None:

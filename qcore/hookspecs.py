@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .calibration import CalibrationDataset
     from .evaluation import EvalTask
     from .exporter import Exporter
+    from .target import Target
 
 PLUGIN_API_VERSION = 1
 
@@ -60,6 +61,11 @@ def qcore_calibration_datasets() -> list[CalibrationDataset]:  # type: ignore[em
 @hookspec
 def qcore_eval_tasks() -> list[EvalTask]:  # type: ignore[empty-body]
     """Offer evaluation tasks, as instances: what `qcore.evaluate(task=…)` and `qcore eval --task` measure a model by."""
+
+
+@hookspec
+def qcore_targets() -> list[Target]:  # type: ignore[empty-body]
+    """Offer programs that load quantized models, as instances. Called when `qcore check` names one."""
 
 
 @hookspec(firstresult=True)

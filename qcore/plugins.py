@@ -29,6 +29,7 @@ KINDS = MappingProxyType(
         "qcore_exporters": "format",
         "qcore_calibration_datasets": "dataset",
         "qcore_eval_tasks": "task",
+        "qcore_targets": "target",
     }
 )
 
@@ -41,6 +42,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
     from .calibration import CalibrationDataset
     from .evaluation import EvalTask
     from .exporter import Exporter
+    from .target import Target
 
     kinds: dict[str, tuple[type, bool]] = {
         "algorithm": (Algorithm, True),
@@ -49,6 +51,7 @@ def _expected_type(kind: str) -> tuple[type, bool]:
         "format": (Exporter, False),
         "dataset": (CalibrationDataset, False),
         "task": (EvalTask, False),
+        "target": (Target, False),
     }
     return kinds[kind]
 

@@ -61,7 +61,7 @@ class Job:
         specs = {}
         for name, config in self.linears.items():
             if config is not None:
-                out, columns = _shape(self.model.get_submodule(name))
+                out, columns = shape_of(self.model.get_submodule(name))
                 specs[name] = LayerSpec(name, config, columns, out)
         return specs
 
@@ -82,7 +82,7 @@ class Job:
         }
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
+def shape_of(linear: nn.Module) -> tuple[int, int]:
     """[out, in] of a linear that may be on the meta device."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
@@ -104,9 +104,15 @@ def plan_linears(
 
 
 def find_adapter(
-    model: nn.Module, weights: Weights, plugins: Plugins, device: torch.device, wanted: str | None = None
+    model: nn.Module,
+    weights: Weights,
+    plugins: Plugins,
+    device: torch.device,
+    wanted: str | ModelAdapter | None = None,
 ) -> ModelAdapter:
-    """Return the adapter by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    """Return the adapter given, the one by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
+    if isinstance(wanted, ModelAdapter):
+        return wanted
     if wanted == "generic":
         return discover_adapter(model, weights, device)
     if wanted is not None:

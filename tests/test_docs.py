@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qcore import CalibrationRequest, QuantConfig, hookspecs, packing, testing
+from qcore import CalibrationRequest, LayerSpec, QuantConfig, Subject, hookspecs, packing, testing
 from qcore.plugins import Plugins, installed
 
 if sys.version_info >= (3, 11):
@@ -67,7 +67,7 @@ def with_installed(extra: Plugins) -> Plugins:
 
 def test_examples_are_complete_and_short(plugins):
     kinds = {kind for each in plugins.values() for plugin in each.all for kind, _, _ in plugin.offers}
-    assert kinds == {"algorithm", "model", "backend", "format", "dataset", "task"}
+    assert kinds == {"algorithm", "model", "backend", "format", "dataset", "task", "target"}
     for name, source in guide_plugins().items():
         lines = source.splitlines()
         assert len(lines) <= 30, f"{name} has {len(lines)} lines"
@@ -114,6 +114,14 @@ def test_example_dataset_yields_documents(plugins, tmp_path, monkeypatch):
 def test_example_task_measures(plugins):
     found = testing.check_task(plugins["acme_echo"].get("task", "echo"), text="The quick brown fox")
     assert 0 <= found["right"] <= 1
+
+
+def test_example_target_judges(plugins):
+    acme = plugins["acme_target"].get("target", "acme")
+    layer = LayerSpec("m", QuantConfig(bits=8, group_size=-1), 100, 64)
+    assert [found.level for found in acme.check(Subject("gptq", {}, {"m": layer}))] == ["refuses"]
+    assert [found.layers for found in acme.check(Subject("acme-int8", {}, {"m": layer}))] == [("m",)]
+    assert acme.how_to_load("gptq") is None
 
 
 def test_example_names_resolve(plugins, tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ passes, devices, files.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -229,25 +231,28 @@ def solve(
     scales = W.new_ones(groups, rows)  # groups and columns come first here: rows are contiguous
     zeros = W.new_ones(groups, rows)
     codes = W.new_empty(columns, rows, dtype=torch.uint8)
-    spans = _spans(columns, size, params.block_size)
-    Err = W.new_empty(max(stop - start for start, stop in spans), rows)
+    panels = _panels(columns, size, params.block_size)
+    Err = W.new_empty(max(panel[-1][1] - panel[0][0] for panel in panels), rows)
     Wt = W.t().contiguous()  # [in, out], live: compensated as columns are done
     if params.static_groups:
         quantize(
             Wt, U[:0, :0], importance[inverse], plain, scales, zeros, codes[:0], Err[:0], size, config, params.grid
         )
     Wt = Wt[perm]
-    for start, stop in spans:
-        search = params.grid if start % size == 0 and not params.static_groups else "none"
-        reach = (
-            min(start + size, columns) if search != "none" and size > stop - start else stop
-        )  # the whole of a long group
-        here, err = slice(start, reach), Err[: stop - start]
-        quantize(
-            Wt[here], U[start:stop, start:stop], importance[here], visited[here], scales, zeros, codes[start:stop], err, size,
-            config, search,
-        )  # fmt: skip
-        Wt[stop:].addmm_(U[start:stop, stop:].t(), err, alpha=-1)
+    for panel in panels:
+        begin, end = panel[0][0], panel[-1][1]
+        for start, stop in panel:
+            search = params.grid if start % size == 0 and not params.static_groups else "none"
+            reach = (
+                min(start + size, columns) if search != "none" and size > stop - start else stop
+            )  # all of a long group
+            here, err = slice(start, reach), Err[start - begin : stop - begin]
+            quantize(
+                Wt[here], U[start:stop, start:stop], importance[here], visited[here], scales, zeros, codes[start:stop], err,
+                size, config, search,
+            )  # fmt: skip
+            Wt[stop:end].addmm_(U[start:stop, stop:end].t(), err, alpha=-1)
+        Wt[end:].addmm_(U[begin:end, end:].t(), Err[: end - begin], alpha=-1)
     grid.check_scales(scales)
     g_idx = visited[inverse].to(torch.int32).contiguous()
     return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, damp_percent)
@@ -315,18 +320,28 @@ def solver_for(wanted: str, device: torch.device) -> tuple[str, Columns]:
     Results of one label are the same bits on the same device; those of different labels differ where a tie falls the other
     way. Raises ConfigError when the wanted one cannot run.
     """
-    name = wanted if wanted != "auto" else "native" if device.type == "cpu" else "torch"
+    name = wanted if wanted != "auto" else {"cpu": "native", "cuda": "triton"}.get(device.type, "torch")
     if name == "torch":
         return "torch", quantize_columns
-    if name == "native" and device.type != "cpu":
-        raise ConfigError(f"gptq: solver='native' runs on the CPU, not on {device}. Use solver='auto'.")
-    reason = gptq_native.unavailable()
+    reason = gptq_native.why_not(device) if name == "native" else _why_not_triton(device)
     if reason is None:
-        return gptq_native.label(), gptq_native.quantize_columns
+        if name == "native":
+            return gptq_native.label(), gptq_native.quantize_columns
+        from . import gptq_triton  # which imports triton
+
+        return gptq_triton.label(), gptq_triton.quantize_columns
     if wanted == name:
-        raise ConfigError(f"gptq: solver={wanted!r} cannot run here: {reason}.")
+        raise ConfigError(f"gptq: solver={wanted!r} cannot run here: {reason}. Use solver='auto'.")
     _say_once(f"gptq: {reason}. Until then torch solves, several times slower.")
     return "torch", quantize_columns
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton solver cannot run on a device, or None. The interpreter runs it anywhere (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA, or: pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return None if device.type == "cuda" or interpreted else f"it needs a GPU, not {device}"
 
 
 @cache
@@ -349,11 +364,31 @@ def _spans(columns: int, size: int, block_size: int) -> list[tuple[int, int]]:
     return spans
 
 
+PANEL = 4  # blocks between two updates of all columns behind: fewer passes over them, each a larger product
+
+
+def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, int]]]:
+    """Cut the columns into panels of blocks. A panel ends where a group does or lies within one, as blocks do."""
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for start, stop in _spans(columns, size, block_size):
+        runs.setdefault(start // size if size > block_size else 0, []).append((start, stop))
+    return [run[i : i + PANEL] for run in runs.values() for i in range(0, len(run), PANEL)]
+
+
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone."""
-    lost = (((W - Q) @ H) * (W - Q)).sum().clamp(min=0)
-    whole = ((W @ H) * W).sum().clamp(min=1e-30)
-    return float((lost / whole).sqrt())
+    return float((energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt())
+
+
+def energy(W: Tensor, H: Tensor) -> Tensor:
+    """Return tr(W H W') for a symmetric H: what lies below a panel of its diagonal counts twice, above it is not read."""
+    panel = max(256, -(-len(H) // 8))
+    total = W.new_zeros(())
+    for start in range(0, len(H), panel):
+        stop = start + panel
+        product = (W[:, stop:] @ H[stop:, start:stop]).mul_(2).addmm_(W[:, start:stop], H[start:stop, start:stop])
+        total += product.mul_(W[:, start:stop]).sum()
+    return total
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -376,8 +411,8 @@ class Gptq(Algorithm):
             and costs about twice the time and memory.
         grid: "mse", a scale search weighted by what errors cost, or "minmax".
         block_size: columns between two updates of the columns behind them.
-        solver: what runs the loop over columns: "auto", the fastest that can; "native", compiled for the CPU; or "torch", the
-            reference of the others.
+        solver: what runs the loop over columns: "auto", the fastest that can; "native", compiled for the CPU; "triton", compiled for
+            the GPU; or "torch", the reference of the others.
         """
 
         desc_act: bool = False
@@ -389,7 +424,7 @@ class Gptq(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         grid: Literal["minmax", "mse"] = "mse"
         block_size: int = Field(128, ge=1)
-        solver: Literal["auto", "native", "torch"] = "auto"
+        solver: Literal["auto", "native", "triton", "torch"] = "auto"
 
     params: Params
     name = "gptq"

@@ -62,9 +62,9 @@ def quantize_columns(
     )  # fmt: skip
 
 
-def unavailable() -> str | None:
-    """Why it cannot run here, or None."""
-    return cpu_library.unavailable()
+def why_not(device: torch.device) -> str | None:
+    """Why it cannot run on a device, or None."""
+    return cpu_library.unavailable() if device.type == "cpu" else f"it runs on the CPU, not on {device}"
 
 
 def label() -> str:

@@ -109,6 +109,7 @@ class Gguf(Exporter):
 
     name = "gguf"
     description = "GGUF for llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (llama, mistral, qwen2, qwen3)"
+    weight_files = (FILE,)
 
     def why_not(self, layer: LayerSpec) -> str | None:
         """Whole blocks of 32, groups of whole blocks, a type for the grid."""

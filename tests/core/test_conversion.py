@@ -186,3 +186,24 @@ def test_the_command_converts_and_tells(folders, tmp_path):
         cli.cli, ["convert", str(source), "-o", str(tmp_path / "c"), "--format", "autoround", "--json"]
     )
     assert json.loads(result.output)["lossy"] == {}
+
+
+def test_a_manifest_tells_a_changed_file(folders, tmp_path):
+    import subprocess
+
+    plain = qcore.convert(folders(4), tmp_path / "plain", "gptq")
+    assert qcore.inspect(plain)["manifest"] is None
+    target = qcore.convert(folders(4), tmp_path / "out", "gptq", manifest=True)
+    assert qcore.inspect(target)["manifest"] is True
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=target).returncode == 0
+    names = [line.split("  ")[1] for line in (target / "SHA256SUMS").read_text().splitlines()]
+    assert sorted([*names, "SHA256SUMS"]) == sorted(path.name for path in target.iterdir())
+    (target / "tokenizer.json").write_text((target / "tokenizer.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file that SHA256SUMS was written for"):
+        qcore.inspect(target)
+    (target / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"names 'tokenizer\.json', which is no file in the folder"):
+        qcore.inspect(target)
+    (target / "SHA256SUMS").write_text("0  ../../etc/passwd\n")
+    with pytest.raises(CheckpointError, match="which is no file in the folder"):
+        qcore.inspect(target)

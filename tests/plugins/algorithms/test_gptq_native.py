@@ -244,7 +244,7 @@ def test_without_a_library_torch_solves_and_says_so_once(unbuilt, caplog):
 def test_a_solver_that_cannot_run_is_refused_when_it_is_asked_for(unbuilt):
     with pytest.raises(ConfigError, match=r"solver='native' cannot run here: the CPU kernels are not built"):
         qcore.quantize(TinyModel(), "gptq", group_size=32, calibration=tiny_tokens(), solver="native")
-    with pytest.raises(ConfigError, match="runs on the CPU, not on cuda"):
+    with pytest.raises(ConfigError, match="cannot run here: it runs on the CPU, not on cuda"):
         gptq.solver_for("native", torch.device("cuda"))
 
 
@@ -278,7 +278,7 @@ def test_a_run_is_not_resumed_by_another_solver(native, llama_folder, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             qcore.quantize(llama_folder, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_native, "unavailable", lambda: "not built")
+        patch.setattr(gptq_native, "why_not", lambda device: "not built")
         with pytest.raises(RunError, match=r"differs in algorithm: solver_used was 'native \w+', now 'torch'"):
             qcore.quantize(llama_folder, **settings)
     assert qcore.quantize(llama_folder, **settings).exists()

@@ -1,0 +1,142 @@
+"""AutoRound 0.1's class over qcore: `from qcore.compat.auto_round import AutoRound`.
+
+autoround = AutoRound(model, tokenizer, bits=4, group_size=128, scheme="asym")
+autoround.quantize()
+autoround.export("out")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import api
+from ..config import Override
+from ..errors import ConfigError, ModelError, name_list
+from .common import pick_device, save_again, without_effect
+
+_NO_EFFECT = {
+    "sampler": "batches are drawn at random, by seed", "lr_scheduler": "the rate falls linearly to 0, as by default",
+    "dataset_split": "a data set of qcore's is one piece", "scale_dtype": "the format decides it",
+    "enable_full_range": "the grid is that of qcore", "data_type": "only integers are quantized to",
+    "not_use_mse": "the best step is kept", "not_use_best_mse": "the best step is kept", "dynamic_max_gap": "tuning never stops early",
+    "use_triton": "the file is the same for every kernel",
+}  # fmt: skip
+
+#: export targets of AutoRound 0.1 and the format of qcore that holds the same
+TARGETS = {"auto_gptq": "gptq", "itrex": "gptq"}
+
+
+class AutoRound:
+    """Quantize a model by AutoRound, with the options of its version 0.1.
+
+    model: a transformers model. tokenizer: for text calibration; without one a dataloader must be given.
+    scheme: "asym" or "sym". weight_config: options per linear, {name: {"bits": 8, "group_size": 32, "scheme": "sym"}}; 16 or
+        more bits keep a linear in float.
+    dataset_name: a calibration source of qcore's; None is qcore's default, which needs no network.
+    dataloader: batches of token ids, or of mappings with input_ids.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        bits: int = 4,
+        group_size: int = 128,
+        scheme: str = "asym",
+        weight_config: Mapping[str, Mapping[str, Any]] | None = None,
+        bs: int = 8,
+        amp: bool = True,
+        device: Any = "cuda:0",
+        dataloader: Iterable[Any] | None = None,
+        dataset_name: str | None = None,
+        use_quant_input: bool = True,
+        enable_minmax_tuning: bool = True,
+        lr: float | None = None,
+        minmax_lr: float | None = None,
+        low_gpu_mem_usage: bool = True,
+        iters: int = 200,
+        seqlen: int = 2048,
+        n_samples: int = 512,
+        seed: int = 42,
+        n_blocks: int = 1,
+        gradient_accumulate_steps: int = 1,
+        **others: Any,
+    ) -> None:
+        without_effect("AutoRound", others, _NO_EFFECT)
+        if scheme not in ("sym", "asym"):
+            raise ConfigError(f"scheme={scheme!r}: expected 'sym' or 'asym'.")
+        if tokenizer is None and dataloader is None:
+            raise ConfigError(
+                "AutoRound calibrates on text, which needs a tokenizer; or give a dataloader of token ids."
+            )
+        self.model, self.tokenizer, self.dataloader = model, tokenizer, dataloader
+        self.settings: dict[str, Any] = {
+            "bits": bits, "group_size": group_size, "sym": scheme == "sym", "samples": n_samples, "seqlen": seqlen,
+            "seed": seed, "device": pick_device(device), "calibration": dataset_name,
+            "overrides": [_override(name, each) for name, each in (weight_config or {}).items()],
+        }  # fmt: skip
+        self.params: dict[str, Any] = {
+            "iters": iters, "lr": lr, "minmax_lr": minmax_lr, "bs": bs, "amp": amp, "n_blocks": n_blocks,
+            "gradient_accumulate_steps": gradient_accumulate_steps, "low_gpu_mem_usage": low_gpu_mem_usage,
+            "use_quant_input": use_quant_input, "enable_minmax_tuning": enable_minmax_tuning,
+        }  # fmt: skip
+        self.quantized = False
+
+    def quantize(self) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+        """Quantize the model in place; return it and how each linear was quantized."""
+        settings = dict(self.settings)
+        if self.dataloader is not None:
+            settings["calibration"] = _sequences(self.dataloader)
+        api.quantize(self.model, "autoround", tokenizer=self.tokenizer, **settings, **self.params)
+        self.quantized = True
+        layers = api.report(self.model)["layers"]
+        return self.model, {layer["name"]: {key: v for key, v in layer.items() if key != "name"} for layer in layers}
+
+    def export(self, output_dir: str | Path, target: str = "auto_gptq", **others: Any) -> Path:
+        """Write the quantized model as a folder. target: "auto_gptq", or the name of any format of qcore's."""
+        without_effect("export", others, _NO_EFFECT)
+        if not self.quantized:
+            raise ModelError("the model is not quantized yet: call quantize() first.")
+        return save_again(self.model, output_dir, TARGETS.get(target, target), self.tokenizer)
+
+    save_quantized = export
+
+
+def _override(name: str, given: Mapping[str, Any]) -> Override:
+    """One entry of weight_config as an override."""
+    known = {"bits", "group_size", "scheme", "data_type", "scale_dtype"}
+    if not given.keys() <= known:
+        raise ConfigError(
+            f"weight_config[{name!r}] has {name_list(sorted(given.keys() - known))}; known: {name_list(sorted(known))}."
+        )
+    if given.get("bits", 0) >= 16 or given.get("data_type") in ("fp", "float"):
+        return Override.parse({"pattern": name, "skip": True}, f"weight_config[{name!r}]")
+    changes: dict[str, Any] = {key: given[key] for key in ("bits", "group_size") if key in given}
+    if "scheme" in given:
+        changes["sym"] = given["scheme"] == "sym"
+    return Override.parse({"pattern": name, **changes}, f"weight_config[{name!r}]")
+
+
+def _sequences(dataloader: Iterable[Any]) -> list[Any]:
+    """Batches of token ids [batch, length], or of mappings with input_ids, one sequence at a time."""
+    found: list[Any] = []
+    for batch in dataloader:
+        masks = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        rows = (
+            batch["input_ids"]
+            if isinstance(batch, Mapping)
+            else batch[0]
+            if isinstance(batch, (list, tuple))
+            else batch
+        )
+        rows = rows[None] if rows.ndim == 1 else rows
+        masks = [None] * len(rows) if masks is None else masks.reshape(rows.shape)
+        found += [{"input_ids": row, "attention_mask": mask} for row, mask in zip(rows, masks, strict=True)]
+    return found
+
+
+__all__ = ["AutoRound"]

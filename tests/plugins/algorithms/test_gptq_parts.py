@@ -1,0 +1,71 @@
+"""The pure functions that GPTQ is made of, against float64 and plain formulas."""
+
+import pytest
+import torch
+from qcore_plugins.algorithms import gptq
+
+
+def spd(n, seed=0):
+    X = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed))
+    return X.t() @ X / (3 * n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 127, 128, 129, 300, 515, 700])
+def test_the_factor_is_that_of_the_inverse(n):
+    H = spd(n)
+    kept, perm = H.clone(), torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    U, damp = gptq.inverse_factor(H, perm, 0.1, 0.2)
+    assert torch.equal(H, kept)
+    assert damp == 0.1
+    damped = H.double()[perm][:, perm]
+    damped.diagonal().mul_(1.2).add_(0.1 * H.double().diagonal().mean())
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert torch.equal(U, U.triu())
+    assert float((U - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_no_damping_saves_a_hessian_of_nan():
+    assert gptq.inverse_factor(torch.full((4, 4), torch.nan), torch.arange(4), 0.1, 0.1) is None
+
+
+@pytest.mark.parametrize("columns", [5, 256, 300, 600])
+def test_the_hessian_is_the_whole_symmetric_product(columns):
+    X = torch.randn(70, columns, generator=torch.Generator().manual_seed(0))
+    Y = X + 1
+    hessian = gptq.Hessian(columns, torch.device("cpu"), with_cross=True)
+    for rows in (slice(0, 30), slice(30, 70)):
+        hessian.add(X[rows], Y[rows])
+    H, C = hessian.finish()
+    torch.testing.assert_close(H, X.t() @ X / 70)
+    torch.testing.assert_close(C, Y.t() @ X / 70)
+    assert torch.equal(H, H.t())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 100, 513, 1024])
+def test_turning_reverses_rows_and_columns(n):
+    A = torch.arange(n * n, dtype=torch.float64).view(n, n)
+    assert torch.equal(gptq.turn_(A.clone(), panel=64), A.flip(0, 1))
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 100, 128, 5000])
+@pytest.mark.parametrize("size", [1, 16, 48, 128, 200, 1100])
+def test_panels_cover_all_columns_and_never_cut_a_group_that_begins_inside(size, block_size):
+    columns = 1100
+    panels = gptq._panels(columns, size, block_size)
+    spans = [span for panel in panels for span in panel]
+    assert spans == gptq._spans(columns, size, block_size)
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == columns
+    for panel in panels:
+        begin, end = panel[0][0], panel[-1][1]
+        begun = [start for start in range(0, columns, size) if begin < start < end]
+        assert all(min(start + size, columns) <= end for start in begun)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 256, 300, 2100])
+def test_the_error_is_that_of_the_outputs(columns):
+    generator = torch.Generator().manual_seed(0)
+    X, W = torch.randn(40, columns, generator=generator), torch.randn(9, columns, generator=generator)
+    Q = W + 0.1 * torch.randn(9, columns, generator=generator)
+    expected = float(((W - Q) @ X.t()).norm() / (W @ X.t()).norm())
+    assert gptq.relative_error(W, Q, X.t() @ X / 40) == pytest.approx(expected, rel=1e-4)
