@@ -14,7 +14,7 @@ from .checkpoint import ModelFolder
 from .config import Override, QuantConfig
 from .model import FolderWeights, compute_dtype, skeleton, stored_dtype
 from .plugins import Plugins
-from .run import _shape, check_model, find_adapter, plan_linears
+from .run import shape_of, check_model, find_adapter, plan_linears
 
 
 def explain(
@@ -39,7 +39,7 @@ def explain(
     weights = FolderWeights(model, folder)
     chosen = find_adapter(model, weights, plugins, device, adapter)
     linears = plan_linears(model, chosen, config, overrides)
-    shapes = {name: _shape(model.get_submodule(name)) for name in linears}
+    shapes = {name: shape_of(model.get_submodule(name)) for name in linears}
     quantized = sum(out * columns for name, (out, columns) in shapes.items() if linears[name] is not None)
     dtype = compute_dtype(stored_dtype(folder), device)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -71,7 +71,7 @@ def _kinds(model: nn.Module, adapter: ModelAdapter) -> list[dict[str, Any]]:
         groups = []
         for stage in adapter.stages_in(block):
             names = stage[0] if len(stage) == 1 else [_any_expert(name) for name in stage[0]]
-            shapes = [list(_shape(block.get_submodule(name))) for name in stage[0]]
+            shapes = [list(shape_of(block.get_submodule(name))) for name in stage[0]]
             members = [{"linear": name, "shape": shape} for name, shape in zip(names, shapes, strict=True)]
             groups.append({"linears": members, "times": len(stage)})
         kinds.setdefault(repr(groups), {"blocks": [], "groups": groups})["blocks"].append(index)
@@ -132,7 +132,7 @@ def _cost(
 
 def _active(model: nn.Module, block: nn.Module, stage: Sequence[Sequence[str]]) -> float:
     """Weights of a stage that a token meets."""
-    sizes = [sum(out * columns for out, columns in (_shape(block.get_submodule(n)) for n in group)) for group in stage]
+    sizes = [sum(out * columns for out, columns in (shape_of(block.get_submodule(n)) for n in group)) for group in stage]
     chosen = int(getattr(model.config, "num_experts_per_tok", 0) or len(stage)) if len(stage) > 1 else 1
     return sum(sizes) / len(sizes) * min(chosen, len(sizes))
 
