@@ -55,6 +55,7 @@ def test_a_damaged_folder_is_an_error_of_ours(as_before, gptq, tmp_path):
     folder = shutil.copytree(gptq, tmp_path / "copy")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"group_size": 32', '"group_size": 16'))
+    (folder / "quantize_config.json").unlink()
     qcore.use_in_transformers()
     with pytest.raises(CheckpointError, match="scales are"):
         AutoModelForCausalLM.from_pretrained(folder)

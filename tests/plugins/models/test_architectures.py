@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import DENSE, SPARSE, UNDECLARED, ZOO, build
+from zoo import DENSE, REMOTE, SPARSE, UNDECLARED, ZOO, build
 
 import qcore
 from qcore import Algorithm, QuantLinear
@@ -148,4 +148,5 @@ def test_nothing_here_claims_mistral():
     claimed = {kind for plugin in ours for _, _, offer in plugin.offers for kind in getattr(offer, "model_types", ())}
     assert claimed
     assert "mistral" not in claimed
-    assert claimed <= {name.partition("/")[0] for name in {**DENSE, **SPARSE}} | {"RefinedWeb", "RefinedWebModel"}
+    remote = {"RefinedWeb", "RefinedWebModel", *(model_type for model_type, *_ in REMOTE.values())}
+    assert claimed <= {name.partition("/")[0] for name in {**DENSE, **SPARSE}} | remote

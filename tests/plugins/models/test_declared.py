@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import qcore_plugins.models
 import torch
-from zoo import build
+from zoo import REMOTE, ZOO, build
 
 import qcore
 from qcore.plugins import installed
@@ -30,6 +30,14 @@ def test_every_declaration_is_short():
     for path in Path(qcore_plugins.models.__file__).parent.glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         assert len(lines) < 15, f"{path.name} has {len(lines)} lines"
+
+
+def test_the_page_shows_every_model_and_nothing_that_fails():
+    page = (Path(__file__).parents[3] / "docs/models.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- written by benchmarks/models_table.py -->")[2].partition("<!-- end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    assert [row[0] for row in rows] == [*ZOO, *REMOTE]
+    assert not [row for row in rows if "**" in " ".join(row)]
 
 
 @pytest.mark.parametrize(
