@@ -74,9 +74,12 @@ class BlockContext(Protocol):
     def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """Return one of the batches that `batches` yields, for algorithms that visit them in an order of their own."""
 
-    def float_outputs(self) -> Sequence[Tensor]:
+    def float_outputs(
+        self, names: Sequence[str] = (), visit: Callable[[str, Tensor], None] | None = None
+    ) -> Sequence[Tensor]:
         """Return the float model's hidden states after this block, batch by batch: what the quantized block should give.
 
+        On the way `visit(name, x)` is shown the named linears' inputs in the float model, as by `observe`.
         Needs `float_stream`. The stream moves on with this call and is not computed again: what needs its inputs
         (`observe` with `paired`, `batches` with `float_stream`) must come before.
         """

@@ -308,11 +308,13 @@ class Block:
             raise RunError("the float stream's inputs of this block are gone: float_outputs was called before.")
         return source
 
-    def float_outputs(self) -> Sequence[Tensor]:
+    def float_outputs(
+        self, names: Sequence[str] = (), visit: Callable[[str, Tensor], None] | None = None
+    ) -> Sequence[Tensor]:
         if not self._float_moved_on:
             source = self._source(float_stream=True)
             with self.original_weights():
-                self.advance(source, original=True)
+                self.advance(source, original=True, names=names, visit=visit)
             self._float_moved_on = True
         assert self.float_inputs is not None
         return self.float_inputs.hidden
@@ -340,8 +342,15 @@ class Block:
         return _OriginalWeights(self)
 
     @torch.no_grad()
-    def advance(self, stream: Stream, *, original: bool = False) -> None:
-        """Send a stream's hidden states through the block, in place.
+    def advance(
+        self,
+        stream: Stream,
+        *,
+        original: bool = False,
+        names: Sequence[str] = (),
+        visit: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        """Send a stream's hidden states through the block, in place; names, visit: see `float_outputs`.
 
         Raises RunError when they become NaN or Inf, naming the block.
         """
@@ -349,7 +358,8 @@ class Block:
             hidden = stream.hidden[number]
             inputs, arguments = hidden.to(self.device), _own(kwargs, self.device)
             if original:
-                output = self.forward(inputs, arguments)
+                with self._watched(names, visit, self.masks[number]):
+                    output = self.forward(inputs, arguments)
             else:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
@@ -364,6 +374,23 @@ class Block:
                 hidden.copy_(output)  # a new tensor would outlive the temporary ones around it and splinter the heap
             else:
                 stream.hidden[number] = output.to(hidden.device)
+
+    @contextlib.contextmanager
+    def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
+        """Show `visit` the inputs [tokens, in] of the named linears as they run."""
+        hooks = []
+        if visit is not None:
+            for name in names:
+
+                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    visit(name, _tokens(args[0], mask))
+
+                hooks.append(self._module(name).register_forward_pre_hook(note))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _module(self, name: str) -> nn.Module:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))

@@ -89,6 +89,8 @@ def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, reci
 
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
 
+CACHED = 2**17  # weights that a CPU's caches hold with what is computed from them
+
 
 class Rounding:
     """What is learned for one linear, weights laid out as [out, groups, g]; a shorter last group is filled up with zeros.
@@ -128,12 +130,31 @@ class Rounding:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the quantized weight [out, in], computed in float32."""
-        s, z = self.grid()
-        return self._flat(rounded(self.W / s, self.V, z, self.config.maxq)[0].mul_(s).to(dtype))
+        weight = torch.empty_like(self.W, dtype=dtype)
+        for rows in self._spans():
+            part = self._rows(rows)
+            s, z = part.grid()
+            torch.mul(rounded(part.W / s, part.V, z, self.config.maxq)[0], s, out=weight[rows])
+        return self._flat(weight)
 
     def update(self, G: Tensor, lr: Tensor, minmax_lr: Tensor | None) -> None:
         """Take one step of SignSGD; G [out, in] is the gradient of the quantized weight."""
-        signed_step(self._grouped(G.float()), self, lr, minmax_lr)
+        G = self._grouped(G.float())
+        for rows in self._spans():
+            signed_step(G[rows], self._rows(rows), lr, minmax_lr)
+
+    def _spans(self) -> list[slice]:
+        """Cut the rows: on a CPU into pieces that stay in its caches, else not at all."""
+        step = self.out if self.W.is_cuda else max(1, CACHED // (self.W.numel() // self.out))
+        return [slice(start, start + step) for start in range(0, self.out, step)]
+
+    def _rows(self, rows: slice) -> Rounding:
+        """The same parameters, seen through some of the rows."""
+        part = object.__new__(Rounding)
+        part.config = self.config
+        for name in ("W", "V", "low", "high", "alpha", "beta"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
 
     def freeze(self, bias: Tensor | None) -> QuantizedWeight:
         """Return the canonical form of what was learned."""
@@ -165,8 +186,8 @@ def stored(s: Tensor) -> Tensor:
 
 def rounded(ratio: Tensor, V: Tensor, z: Tensor, maxq: int) -> tuple[Tensor, Tensor]:
     """Return the levels clip(round(ratio + V), -z, maxq - z) and the same before clipping; ratio is W / s."""
-    free = torch.round(ratio + V)
-    return torch.minimum(torch.maximum(free, -z), maxq - z), free
+    free = torch.add(ratio, V).round_()
+    return torch.clamp(free, -z, maxq - z), free
 
 
 def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) -> None:
@@ -182,7 +203,7 @@ def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) ->
         G
     )  # as float: comparing into bool costs several times as much on a CPU
     if minmax_lr is not None:
-        grad_s = torch.sum(G * levels - passed * ratio, -1, keepdim=True)  # [out, groups, 1]
+        grad_s = levels.mul_(G).addcmul_(passed, ratio, value=-1).sum(-1, keepdim=True)  # [out, groups, 1]
         if r.config.sym:
             r.beta.sub_(torch.sign(grad_s * (r.high - r.low)) * minmax_lr)
         else:
@@ -192,7 +213,7 @@ def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) ->
             r.alpha.sub_(torch.sign((-through_s / step - grad_z / s) * r.low) * minmax_lr).clamp_(0, 2)
             r.beta.sub_(torch.sign(through_s / step * r.high) * minmax_lr)
         r.beta.clamp_(0, 2)
-    r.V.sub_(torch.sign(passed * s) * lr).clamp_(-0.5, 0.5)
+    r.V.sub_(passed.mul_(s).sign_().mul_(lr)).clamp_(-0.5, 0.5)
 
 
 # ---- tuning one block ------------------------------------------------------------------------------------------------
@@ -456,9 +477,15 @@ class AutoRound(Algorithm):
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
-        starts = find_starts(block, self.params)
+        inputs = None
+        if self.params.iters and not self.params.use_quant_input:
+            inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
+        starts, targets = find_starts(block, self.params)
         roundings = {name: Rounding(starts[name], linear.config) for name, linear in block.linears.items()}
-        outcome = self._tune(block, roundings) if self.params.iters else None
+        outcome = None
+        if self.params.iters:
+            self._check_batches(targets)
+            outcome = Tuning(block, roundings, inputs, targets, self.params).run()
         results = {}
         for name, linear in block.linears.items():
             results[name] = roundings[name].freeze(linear.bias)
@@ -474,18 +501,13 @@ class AutoRound(Algorithm):
                 block.record(name, note="; ".join(note for note in notes if note))
         return results
 
-    def _tune(self, block: BlockContext, roundings: Mapping[str, Rounding]) -> Outcome:
-        inputs = None
-        if not self.params.use_quant_input:
-            inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
-        targets = block.float_outputs()
+    def _check_batches(self, targets: Sequence[Tensor]) -> None:
         sequences = sum(len(target) for target in targets)
         if sequences < self.params.bs:
             raise CalibrationError(
                 f"a step of autoround takes bs={self.params.bs} sequences, the calibration has {sequences}. "
                 "Give more samples, or a smaller bs."
             )
-        return Tuning(block, roundings, inputs, targets, self.params).run()
 
     def _without_amp(self, block: BlockContext) -> str:
         float32 = next(iter(block.linears.values())).weight.dtype == torch.float32
@@ -494,24 +516,34 @@ class AutoRound(Algorithm):
         return ""
 
 
-def find_starts(block: BlockContext, params: AutoRound.Params) -> dict[str, Start]:
-    """Return the start of every linear, from one replay of the calibration where it needs one."""
-    if params.start == "rtn":
-        return {name: covering_start(linear.weight.float(), linear.config) for name, linear in block.linears.items()}
-    paired = params.start == "gptq" and params.float_targets > 0
+def find_starts(block: BlockContext, params: AutoRound.Params) -> tuple[dict[str, Start], Sequence[Tensor]]:
+    """Return the start of every linear, and the targets of tuning (nothing without any).
+
+    The inputs that a start is fitted to are those of the pass that gives the targets, the float model's: another pass over the
+    calibration would show the quantized stream's, and tuning, which sees those, makes the difference small.
+    """
     hessians: dict[str, Hessian] = {}
+    paired = params.start == "gptq" and params.float_targets > 0
 
     def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
         if name not in hessians:
             hessians[name] = Hessian(X.shape[1], X.device, paired)
         hessians[name].add(X, X_float)
 
-    block.observe([group[0] for group in block.groups], visit, paired=paired)
+    names = [group[0] for group in block.groups] if params.start != "rtn" else []
+    if names and (paired or not params.iters):
+        block.observe(names, visit, paired=paired)
+        names = []
+    targets = block.float_outputs(names, visit) if params.iters else []
+    if params.start == "rtn":
+        return {
+            name: covering_start(linear.weight.float(), linear.config) for name, linear in block.linears.items()
+        }, targets
     starts: dict[str, Start] = {}
     for group in block.groups:
         hessian = hessians.pop(group[0], None)
         starts |= _starts_of_group([block.linears[name] for name in group], hessian, params)
-    return {name: starts[name] for name in block.linears}
+    return starts, targets
 
 
 def _starts_of_group(linears: Sequence[Linear], hessian: Hessian | None, params: AutoRound.Params) -> dict[str, Start]:

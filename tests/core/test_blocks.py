@@ -364,7 +364,11 @@ def test_float_outputs_are_the_float_models_whatever_was_replaced():
     expected = [model.blocks[0](hidden, scale=0.5) for hidden in block.float_inputs.hidden]
     for name, weight in quantized(block, list(block.linears)).items():
         block.replace(name, weight)
-    outputs = block.float_outputs()
+    seen = {}
+    expected_inputs = [nn.functional.layer_norm(hidden, (64,)).reshape(-1, 64) for hidden in block.float_inputs.hidden]
+    outputs = block.float_outputs(["blocks.0.left"], lambda name, x: seen.setdefault(name, []).append(x.clone()))
+    assert list(seen) == ["blocks.0.left"]
+    assert all(torch.equal(one, other) for one, other in zip(seen["blocks.0.left"], expected_inputs, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     assert block.float_outputs()[0] is outputs[0], "computed once"
     with pytest.raises(RunError, match="float_outputs was called before"):
