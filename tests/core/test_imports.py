@@ -17,7 +17,7 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "hookspecs",
-    "plugins", "linear", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "cli", "testing",
+    "plugins", "linear", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "reporting", "page", "new_plugin", "cli", "testing",
 ]  # fmt: skip
 
 #: plugins that the core may name: as defaults of the public functions and of the command line
