@@ -21,9 +21,9 @@ def model(opt_folder):
 
 
 @needs_autoround
-def test_usage(opt_folder, tmp_path):
+def test_usage(short_opt_folder, tmp_path):
     """README, "Usage" and "Tips": quantize asymmetric, export, export for AutoGPTQ, generate."""
-    model_name = str(opt_folder)
+    model_name = str(short_opt_folder)
     model = AutoModelForCausalLM.from_pretrained(
         model_name, low_cpu_mem_usage=True, torch_dtype="auto", trust_remote_code=True
     )
