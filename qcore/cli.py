@@ -369,6 +369,77 @@ def check(model: str, target: str, format_: str | None, options: tuple[str, ...]
     sys.exit(1 if refused else 0)
 
 
+def _text_options(command: Any) -> Any:
+    """The options of everything that measures on text beside a reference."""
+    for option in reversed((
+        click.option("--text", type=click.Path(path_type=Path), help="File of held-out text to measure on."),
+        click.option("--reference", metavar="MODEL", help="The model before quantization, for KL divergence."),
+        click.option("--seqlen", default=512, show_default=True, help="Tokens per window of --text."),
+        click.option("--windows", type=int, help="Use at most this many windows of --text."),
+        device_option, trust_option,
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for the same heat maps as PNG.")
+@_text_options
+def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **settings: Any) -> None:
+    """Write a page about a quantized FOLDER: errors, bits and outliers of each linear, sizes, quality, how it was made."""
+    from . import page, reporting
+
+    found = reporting.gather(folder, text=_read_text(text) if text else None, **settings)
+    _write(output, page.report_page(found))
+    for file in [output, *(page.save_plots(found, plots) if plots else [])]:
+        click.echo(file)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
+@click.option("--new-tokens", default=32, show_default=True, help="Tokens generated to measure speed; 0 leaves it out.")
+@_text_options
+@json_option
+def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, text: Path | None, as_json: bool,
+            **settings: Any) -> None:  # fmt: skip
+    """Rank quantized FOLDERS by KL divergence, else perplexity, else size; with --text, and --reference."""
+    from . import page, reporting
+
+    rows = reporting.compare(folders, text=_read_text(text) if text else None, **settings)
+    if output:
+        _write(output, page.compare_page(rows))
+    if plot:
+        page.save_comparison(rows, plot)
+    if as_json:
+        click.echo(json.dumps(rows))
+    else:
+        columns = page.compared_columns(rows)
+        _table([page.COMPARED[name] for name in columns], [page.compared_cells(row, columns) for row in rows])
+
+
+def _write(file: Path, content: str) -> None:
+    try:
+        file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}.") from None
+
+
+@cli.command("new-plugin")
+@click.argument("name")
+@click.option("--kind", required=True, help="algorithm, backend, dataset, format, model, target or task.")
+@click.option("--in", "parent", default=".", type=click.Path(path_type=Path), help="Folder to put it in.")
+def new_plugin(name: str, kind: str, parent: Path) -> None:
+    """Write a distribution with a working plugin NAME of a kind, and its conformance test."""
+    from . import new_plugin as writer
+
+    folder = writer.write(kind, name, parent)
+    click.echo(f"{folder}: now\n  pip install -e '{folder}[test]'\n  pytest {folder}\n  qcore plugins")
+
+
 @cli.command("build-kernels")
 @click.argument("plugin", required=False)
 def build_kernels(plugin: str | None) -> None:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
 from .plugins import KINDS, Plugins, installed
 from .run import capture_inputs
+from .target import Finding, Level, Subject, Target
 from .weight import QuantizedWeight
 
 
@@ -419,6 +420,23 @@ def check_task(task: EvalTask, argument: str = "", **params: Any) -> dict[str, f
     changed = [a for a, b in zip(model.parameters(), before, strict=True) if not torch.equal(a, b)]
     assert not changed, f"{task.name}: it changed the model"
     return first
+
+
+def check_target(target: Target, subject: Subject) -> list[Finding]:
+    """Check that a target judges a subject in known words, names only its layers and says where each rule is from.
+
+    Returns what it found.
+    """
+    found = target.check(subject)
+    for finding in found:
+        where = f"{target.name}: {finding.rule}"
+        assert finding.level in get_args(Level), f"{where}: level {finding.level!r}, expected one of {get_args(Level)}"
+        assert finding.message, f"{where}: it says nothing"
+        assert finding.source, f"{where}: no source"
+        strange = set(finding.layers) - set(subject.layers)
+        assert not strange, f"{where}: it names layers that the subject does not have: {sorted(strange)}"
+    assert target.check(subject) == found, f"{target.name}: two equal questions have different answers"
+    return found
 
 
 def check_plugin(point: importlib.metadata.EntryPoint) -> None:

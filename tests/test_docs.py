@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qcore import CalibrationRequest, LayerSpec, QuantConfig, Subject, hookspecs, packing, testing
+import qcore
+from qcore import CalibrationRequest, LayerSpec, QuantConfig, Subject, cli, hookspecs, packing, testing
 from qcore.plugins import Plugins, installed
 
 if sys.version_info >= (3, 11):
@@ -179,6 +182,50 @@ def test_links_lead_somewhere(page):
 
 
 README = ROOT / "README.md"
+
+
+def commands_shown() -> list[str]:
+    """Lines that run qcore, from the blocks of all pages that are no Python."""
+    pages = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    blocks = [
+        b
+        for page in pages
+        for b in re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    ]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith("qcore ") and "…" not in line})
+
+
+@pytest.mark.parametrize("line", commands_shown())
+def test_commands_shown_are_ones_that_the_command_line_takes(line):
+    """Options and arguments are parsed, nothing runs."""
+    words = shlex.split(line, comments=True)[1:]
+    context = cli.cli.make_context("qcore", words, resilient_parsing=False)
+    name, command, rest = cli.cli.resolve_command(context, [*context._protected_args, *context.args])
+    with command.make_context(name, rest, parent=context) as parsed:
+        assert parsed.command is command
+
+
+def test_the_site_builds_strictly_with_every_public_name_and_command(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocstrings_handlers.python")
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    for home, names in qcore._HOMES.items():
+        for name in names:
+            assert f'id="qcore.{home}.{name}"' in reference
+    commands = (tmp_path / "site/commands/index.html").read_text(encoding="utf-8")
+    for name, each in cli.cli.commands.items():
+        assert f"qcore {name}" in commands
+        for option in each.params:
+            assert all(spelling in commands for spelling in option.opts if spelling.startswith("--"))
+    pages = (ROOT / "docs").rglob("*.md")
+    missing = [
+        page.name for page in pages if str(page.relative_to(ROOT / "docs")) not in (ROOT / "mkdocs.yml").read_text()
+    ]
+    assert not missing, f"mkdocs.yml does not list {missing}"
 
 
 @pytest.mark.slow

@@ -301,3 +301,35 @@ def test_broken_and_clashing_plugins_harm_nobody_else(
         crowded, mistral_folder, "rtn-out", "--algo", "rtn", variables={"QCORE_DISABLE_PLUGINS": "acme-rival"}
     )
     assert settled["algorithm"] == "rtn"
+
+
+KINDS = ("algorithm", "backend", "dataset", "format", "model", "task")
+
+
+def test_new_plugins_of_every_kind_pass_their_own_tests(stranger: Environment, tmp_path: Path) -> None:
+    folders = []
+    for kind in KINDS:
+        done = stranger.run("qcore", "new-plugin", f"my-{kind}", "--kind", kind, "--in", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        folders.append(tmp_path / f"qcore-plugin-my-{kind}")
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            tmp_path / "dist",
+            folders[-1],
+        ]
+        subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+    stranger.install(*(tmp_path / "dist").iterdir())
+    try:
+        offered = {(row["kind"], row["name"]) for row in stranger.json("qcore", "plugins", "--json")}
+        assert offered >= {(kind, f"my-{kind}") for kind in KINDS}
+        tests = [str(file) for folder in folders for file in folder.glob("tests/*.py")]
+        done = stranger.run("python", "-m", "pytest", "-q", "--import-mode=importlib", f"--rootdir={tmp_path}", *tests)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "9 passed" in done.stdout
+    finally:
+        stranger.pip("uninstall", "--quiet", "--yes", *(f"qcore-plugin-my-{kind}" for kind in KINDS))

@@ -302,7 +302,7 @@ class Tuning:
         error = output.detach().float() - self.targets[number].to(self.block.device)
         counted = error.numel()
         if mask is not None:
-            error *= mask.to(error.device)[..., None]
+            error = error.masked_fill(~mask.to(error.device)[..., None], 0)  # what padding gives may be NaN
             counted = int(mask.sum()) * error.shape[-1]
         if self.params.outliers:
             magnitude = error.abs()

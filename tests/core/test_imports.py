@@ -18,7 +18,7 @@ CORE = Path(qcore.__file__).parent
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "target", "hookspecs",
     "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "explain", "evaluation", "api",
-    "conversion", "native", "checking", "hub", "cli", "testing",
+    "conversion", "native", "checking", "hub", "reporting", "page", "new_plugin", "cli", "testing",
 ]  # fmt: skip
 
 #: plugins that the core may name: as defaults of the public functions and of the command line

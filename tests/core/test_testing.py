@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from qcore import CalibrationDataset, CheckpointError, EvalTask, QuantConfig, grid
+from qcore import (
+    CalibrationDataset,
+    CheckpointError,
+    EvalTask,
+    Finding,
+    LayerSpec,
+    QuantConfig,
+    Subject,
+    Target,
+    grid,
+)
 from qcore.plugins import installed
 from qcore.testing import (
     TinyModel,
@@ -13,6 +23,7 @@ from qcore.testing import (
     check_backend,
     check_dataset,
     check_exporter,
+    check_target,
     check_task,
     random_weight,
     tiny_language_model,
@@ -180,6 +191,28 @@ def test_a_dataset_that_drifts_or_mixes_is_told():
         check_dataset(Moody())
     with pytest.raises(AssertionError, match="mixes text and token ids"):
         check_dataset(Mixed())
+
+
+def test_a_target_that_names_what_is_not_there_or_cites_nothing_is_told():
+    subject = Subject("gptq", {}, {"a": LayerSpec("a", QuantConfig(), 8, 8)})
+
+    class Fixed(Target):
+        name = "fixed"
+        found = Finding("warns", "rows", "odd", ("a",), "manual")
+
+        def check(self, subject):
+            return [self.found]
+
+    assert check_target(Fixed(), subject) == [Fixed.found]
+    for changed, says in (
+        ({"layers": ("b",)}, "does not have"),
+        ({"source": ""}, "no source"),
+        ({"level": "bad"}, "level 'bad'"),
+        ({"message": ""}, "says nothing"),
+    ):
+        Fixed.found = dataclasses.replace(Finding("warns", "rows", "odd", ("a",), "manual"), **changed)
+        with pytest.raises(AssertionError, match=says):
+            check_target(Fixed(), subject)
 
 
 class Counting(EvalTask):

@@ -2,6 +2,7 @@ import pytest
 
 from qcore import LayerSpec, QuantConfig, Subject
 from qcore.plugins import installed
+from qcore.testing import check_target
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024), "self_attn.v_proj": (4096, 1024),
@@ -24,7 +25,7 @@ def subject(format="gptq", changed=None, act_order=False, config=None, options=N
 
 
 def outcome(target, of):
-    findings = installed().get("target", target).check(of)
+    findings = check_target(installed().get("target", target), of)
     return {(finding.level, finding.rule) for finding in findings}
 
 

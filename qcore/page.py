@@ -1,0 +1,318 @@
+"""Reports as one self-contained HTML page, and as PNG plots. No script, no font, no file beside it."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import PluginError
+from .reporting import grid_of
+
+#: dark to light, even in brightness (from matplotlib's "viridis", CC0)
+COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+CELL, GAP, LABEL, HEAD = 22, 2, 150, 20  # of a heat map, in pixels
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b2430; --dim: #667085; --paper: #f5f6f8; --card: #fff; --line: #e4e7ec; --mark: #3b528b }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --dim: #98a2b3; --paper: #12161c; --card: #1a2028; --line: #2b3440; --mark: #7fb3d5 }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px }
+h1 { font-size: 28px; margin: 0; letter-spacing: -.02em; overflow-wrap: anywhere }
+h2 { font-size: 17px; margin: 0 0 12px }
+p { margin: 4px 0 }
+.dim { color: var(--dim) }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 }
+section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
+section { margin: 16px 0; overflow-x: auto }
+.card b { display: block; font-size: 24px; letter-spacing: -.02em; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
+th { text-align: left; color: var(--dim); font-weight: 500 }
+th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td.n, th.n { text-align: right }
+tr.best td { font-weight: 600 }
+.pairs th { width: 220px }
+code, pre { font: 12px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+svg text { font: 11px system-ui, sans-serif; fill: var(--dim) }
+summary { cursor: pointer; font-weight: 600 }
+"""
+
+
+def report_page(report: Mapping[str, Any]) -> str:
+    """Draw what `reporting.gather` found."""
+    made, measured = report["provenance"], report["measured"] or {}
+    errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
+    cards = [
+        (f"{report['bits_per_weight']:.2f}", "bits per quantized weight"),
+        (f"{report['size'] / 1e6:.1f} MB", f"{report['size_float16'] / 1e6:.1f} MB in 16 bits"),
+        (f"{report['size_float16'] / report['size']:.2f}×", "smaller"),
+    ]
+    if errors:
+        cards.append((f"{sum(errors) / len(errors):.4f}", f"mean relative error; worst {max(errors):.4f}"))
+    if "kl" in measured:
+        cards.append((f"{measured['kl']:.4f}", "KL divergence to the original, nats per token"))
+    if "perplexity" in measured:
+        before = measured.get("reference_perplexity")
+        cards.append((f"{measured['perplexity']:.3f}", "perplexity" + (f"; {before:.3f} before" if before else "")))
+    source = (
+        f"{made.get('algorithm', 'unknown')} on {made.get('model', 'unknown model')}" if made else "not made by qcore"
+    )
+    heat_maps = [
+        ("error", "Relative error of each linear", "error", "{:.4f}"),
+        ("bits", "Bits", "bits", "{:.0f}"),
+        ("peak", "Outliers: largest weight over the root mean square", "peak", "{:.1f}"),
+    ]
+    parts = [
+        f"<h1>{_text(report['name'])}</h1>",
+        f'<p class="dim">{_text(report["model_type"])} · format {_text(report["format"])} · {_text(source)}</p>',
+        _cards(cards),
+        *(_section(title, heat_map(report["layers"], key, form)) for _, title, key, form in heat_maps
+          if any(layer.get(key) is not None for layer in report["layers"])),
+        _section("Measured", _pairs(measured)) if measured else "",
+        _section("How it was made", _pairs({key: value for key, value in made.items() if key != "skipped"})) if made else "",
+        _section("Notes", "".join(f"<p>{_text(note)}</p>" for note in report["notes"])) if report["notes"] else "",
+        _layer_table(report["layers"]),
+        f'<p class="dim">{_text(", ".join(f"{name} {version}" for name, version in report["versions"].items()))}</p>',
+    ]  # fmt: skip
+    return _page(str(report["name"]), parts)
+
+
+def compare_page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw what `reporting.compare` found: a table, and a plot of quality against size."""
+    parts = ["<h1>Quantized variants</h1>", '<p class="dim">best first</p>', _section("Table", comparison_table(rows))]
+    quality = _quality(rows)
+    if quality:
+        parts.append(_section(f"{quality} against size", scatter(rows, quality)))
+    return _page("Quantized variants", parts)
+
+
+COMPARED = {
+    "name": "folder", "algorithm": "algorithm", "format": "format", "bits": "bits per weight", "size": "MB", "kl": "KL",
+    "perplexity": "perplexity", "reference_perplexity": "before", "tokens_per_second": "tokens/s",
+}  # fmt: skip
+
+
+def compared_cells(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
+    """One row of a comparison as text, for page and terminal alike."""
+    forms = {
+        "bits": "{:.2f}",
+        "kl": "{:.4f}",
+        "perplexity": "{:.3f}",
+        "reference_perplexity": "{:.3f}",
+        "tokens_per_second": "{:.1f}",
+    }
+    cells = []
+    for name in columns:
+        value = row.get(name)
+        if name == "size":
+            value = f"{row['size'] / 1e6:.1f}"
+        cells.append("" if value is None else forms.get(name, "{}").format(value))
+    return cells
+
+
+def compared_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that some row has."""
+    return [name for name in COMPARED if any(name in row for row in rows)]
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = compared_columns(rows)
+    numbers = [name not in ("name", "algorithm", "format") for name in columns]
+    head = "".join(_cell("th", COMPARED[name], number) for name, number in zip(columns, numbers, strict=True))
+    body = ""
+    for index, row in enumerate(rows):
+        cells = "".join(_cell("td", cell, n) for cell, n in zip(compared_cells(row, columns), numbers, strict=True))
+        body += f'<tr class="best">{cells}</tr>' if index == 0 else f"<tr>{cells}</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    return next((name for name in ("kl", "perplexity") if rows and name in rows[0]), None)
+
+
+def heat_map(layers: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """An SVG with a row per kind of linear and a column per block; a cell tells its figure when pointed at."""
+    kinds, blocks, values = grid_of(layers, key)
+    known = [value for row in values for value in row if value is not None]
+    low, high = min(known), max(known)
+    step = CELL + GAP
+    label = max(LABEL, 7 * max(map(len, kinds)))
+    width, height = label + step * len(blocks) + 90, HEAD + step * len(kinds) + 6
+    parts = [f'<svg role="img" aria-label="{_text(key)}" width="{width}" height="{height}">']
+    for column, block in enumerate(blocks):
+        if len(blocks) <= 16 or column % 4 == 0:
+            parts.append(f'<text x="{label + step * column + CELL / 2}" y="13" text-anchor="middle">{block}</text>')
+    for row, kind in enumerate(kinds):
+        y = HEAD + step * row
+        parts.append(f'<text x="{label - 8}" y="{y + 15}" text-anchor="end">{_text(kind)}</text>')
+        for column, value in enumerate(values[row]):
+            if value is not None:
+                share = (value - low) / (high - low) if high > low else 0.5
+                title = f"{kind}, block {blocks[column]}: {form.format(value)}"
+                parts.append(
+                    f'<rect x="{label + step * column}" y="{y}" width="{CELL}" height="{CELL}" rx="3" '
+                    f'fill="{color(share)}"><title>{_text(title)}</title></rect>'
+                )
+    x = label + step * len(blocks) + 10
+    for part in range(20):
+        parts.append(f'<rect x="{x}" y="{HEAD + (height - HEAD - 8) * part / 20}" width="10" '
+                     f'height="{(height - HEAD - 8) / 20 + 0.5}" fill="{color(1 - part / 19)}"/>')  # fmt: skip
+    parts.append(f'<text x="{x + 15}" y="{HEAD + 9}">{form.format(high)}</text>')
+    parts.append(f'<text x="{x + 15}" y="{height - 8}">{form.format(low)}</text></svg>')
+    return "".join(parts)
+
+
+def scatter(rows: Sequence[Mapping[str, Any]], quality: str) -> str:
+    """An SVG of size (x) against quality (y), both lower the better."""
+    width, height, left, bottom = 820, 320, 70, 40
+    sizes, marks = [row["size"] / 1e6 for row in rows], [float(row[quality]) for row in rows]
+    low_x, high_x = _span(sizes)
+    low_y, high_y = _span(marks)
+    parts = [f'<svg role="img" aria-label="{_text(quality)} against size" viewBox="0 0 {width} {height}" width="100%">']
+    for tick in range(5):
+        y, value = 10 + (height - bottom - 10) * tick / 4, high_y - (high_y - low_y) * tick / 4
+        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:.4g}</text>')
+        x, size = left + (width - left - 10) * tick / 4, low_x + (high_x - low_x) * tick / 4
+        anchor = "end" if tick == 4 else "middle"
+        parts.append(f'<text x="{x}" y="{height - 18}" text-anchor="{anchor}">{size:.4g}</text>')
+    parts.append(f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">MB</text>')
+    for row, size, mark in zip(rows, sizes, marks, strict=True):
+        x = left + (width - left - 10) * (size - low_x) / (high_x - low_x)
+        y = 10 + (height - bottom - 10) * (high_y - mark) / (high_y - low_y)
+        name = Path(str(row["name"])).name
+        beyond = x > width - 160
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="var(--mark)"><title>{_text(name)}</title></circle>'
+        )
+        parts.append(f'<text x="{x + (-10 if beyond else 10):.1f}" y="{y + 4:.1f}" '
+                     f'text-anchor="{"end" if beyond else "start"}">{_text(name)}</text>')  # fmt: skip
+    return "".join([*parts, "</svg>"])
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """A range a little wider than the values, never empty."""
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.1 or abs(high) * 0.1 or 1.0
+    return max(0.0, low - margin), high + margin
+
+
+def color(share: float) -> str:
+    """A color for 0 (dark) to 1 (light).
+
+    >>> color(0), color(1)
+    ('#440154', '#fde725')
+    """
+    at = min(max(share, 0.0), 1.0) * (len(COLORS) - 1)
+    index = min(int(at), len(COLORS) - 2)
+    mixed = [round(a + (b - a) * (at - index)) for a, b in zip(COLORS[index], COLORS[index + 1], strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{content}</section>"
+
+
+def _cards(cards: Iterable[tuple[str, str]]) -> str:
+    shown = (
+        f'<div class="card"><b>{_text(big)}</b><span class="dim">{_text(small)}</span></div>' for big, small in cards
+    )
+    return f'<div class="cards">{"".join(shown)}</div>'
+
+
+def _cell(tag: str, content: str, number: bool) -> str:
+    return f"<{tag}{' class=n' if number else ''}>{_text(content)}</{tag}>"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = ""
+    for name, value in values.items():
+        shown = (
+            value
+            if isinstance(value, str)
+            else f"{value:.5g}"
+            if isinstance(value, float)
+            else json.dumps(value, default=str)
+        )
+        rows += f"<tr><th>{_text(name)}</th><td><code>{_text(shown)}</code></td></tr>"
+    return f"<table class=pairs>{rows}</table>"
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(_cell("th", name, name not in ("linear", "note"))
+                   for name in ("linear", "shape", "bits", "group", "error", "peak", "beyond 6 rms", "note"))  # fmt: skip
+    rows = ""
+    for layer in layers:
+        error = "" if layer["error"] is None else f"{layer['error']:.4f}"
+        kind = f"{layer['bits']} {'sym' if layer['sym'] else 'asym'}"
+        cells = [layer["name"], "×".join(map(str, layer["shape"])), kind, str(layer["group_size"]), error,
+                 f"{layer['peak']:.1f}", f"{layer['beyond_6']:.1e}", str(layer.get("note") or "")]  # fmt: skip
+        rows += "<tr>" + "".join(_cell("td", cell, 0 < index < 7) for index, cell in enumerate(cells)) + "</tr>"
+    return f"<section><details><summary>All {len(layers)} linears</summary><table><tr>{head}</tr>{rows}</table></details></section>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def save_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write error.png, bits.png and outliers.png; return the files. Needs matplotlib."""
+    Figure = _figure_class()
+    written = []
+    for key, name, title in (
+        ("error", "error", "relative error"),
+        ("bits", "bits", "bits"),
+        ("peak", "outliers", "max |w| / rms"),
+    ):
+        kinds, blocks, values = grid_of(report["layers"], key)
+        if not any(value is not None for row in values for value in row):
+            continue
+        figure = Figure(figsize=(2.5 + 0.32 * len(blocks), 1.2 + 0.32 * len(kinds)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow([[float("nan") if v is None else v for v in row] for row in values], aspect="auto")
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_xticks(range(0, len(blocks), max(1, len(blocks) // 12)), blocks[:: max(1, len(blocks) // 12)])
+        axes.set(xlabel="block", title=f"{report['name']}: {title}")
+        figure.colorbar(image, ax=axes)
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def save_comparison(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write a plot of quality against size as PNG. Needs matplotlib, and rows that were measured on text."""
+    quality = _quality(rows) or "bits"
+    figure = _figure_class()(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter([row["size"] / 1e6 for row in rows], [row[quality] for row in rows])
+    for row in rows:
+        axes.annotate(
+            Path(str(row["name"])).name, (row["size"] / 1e6, row[quality]), (6, 4), textcoords="offset points"
+        )
+    axes.margins(x=0.2, y=0.1)
+    axes.set(xlabel="MB", ylabel=quality)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+def _figure_class() -> Any:
+    """matplotlib's Figure, which draws without a window and without pyplot's global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PluginError("PNG plots need matplotlib: pip install 'qcore[report]'.") from None
+    return Figure

@@ -1,0 +1,99 @@
+"""The benchmark scripts that AutoGPTQ's users know by name run, and measure what they say."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qcore
+from qcore.testing import tiny_language_model, tiny_tokenizer
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_perplexity_scores_the_second_half_of_each_chunk_as_llama_cpp_does():
+    module, model, tokenizer = script("perplexity"), tiny_language_model(), tiny_tokenizer()
+    ids = module.chunks_of(TEXT, tokenizer, 64, 3)
+    nll = []
+    for chunk in ids:
+        log_p = torch.log_softmax(model(chunk[None]).logits[0].detach().double(), -1)
+        nll += [-float(log_p[position - 1, chunk[position]]) for position in range(33, 64)]
+    perplexity, error = module.measure(model, ids)
+    assert perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert error == pytest.approx(
+        perplexity * torch.tensor(nll).std(unbiased=False).item() / math.sqrt(len(nll) - 1), rel=1e-4
+    )
+
+
+def test_each_chunk_begins_with_bos_where_the_tokenizer_says_so():
+    module, tokenizer = script("perplexity"), tiny_tokenizer()
+    plain = module.chunks_of(TEXT, tokenizer, 64, 2)
+    assert tokenizer.bos_token_id not in plain
+
+    class Beginning:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, text, **options):
+            return {"input_ids": [self.bos_token_id, *tokenizer(text)["input_ids"]]}
+
+    begun = module.chunks_of(TEXT, Beginning(), 64, 2)
+    assert begun[:, 0].tolist() == [tokenizer.bos_token_id] * 2
+    assert begun[0, 1:].tolist() == plain[0, :-1].tolist()
+
+
+def test_the_scripts_run(llama_folder, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out")
+    arguments = [
+        "perplexity.py",
+        out,
+        "--text",
+        text,
+        "--n-ctx",
+        32,
+        "--chunks",
+        2,
+        "--tokens",
+        tmp_path / "tokens.json",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    script("perplexity").main()
+    assert "PPL = " in capsys.readouterr().out
+    assert [len(chunk) for chunk in json.loads((tmp_path / "tokens.json").read_text())] == [32, 32]
+    arguments = ["generation_speed.py", out, "--float", llama_folder, "--new-tokens", 3, "--num-beams", 1, 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    script("generation_speed").main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 2
+    assert all(float(cell) > 0 for row in rows for cell in row.split()[-2:])
+
+
+def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 2)
+    arguments = ["x", "--model", llama_folder, "--text", text, "--steps", 12, "--seqlen", 32, "--rate", 1e-2,
+                 "--group-size", 32, "--output", tmp_path / "adapter"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    import train_adapter
+
+    train_adapter.main()
+    lines = capsys.readouterr().out.splitlines()
+    for line in lines[:2]:
+        before, after = map(float, line.rpartition("perplexity ")[2].split(" -> "))
+        assert after < 0.8 * before
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
