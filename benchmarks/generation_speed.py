@@ -20,7 +20,7 @@ import qcore
 from qcore.api import open_any, pick_device
 from qcore.checkpoint import resolve_model
 from qcore.plugins import installed
-from qcore.reporting import tokens_per_second
+from qcore.tools.reporting import tokens_per_second
 
 
 def open_float(model: str, options: argparse.Namespace) -> Any:

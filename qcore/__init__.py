@@ -16,10 +16,10 @@ _HOMES = {
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
     "backend": ("Backend", "MatmulSpec"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
-    "checking": ("check",),
+    "tools.checking": ("check",),
     "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
     "config": ("Options", "Override", "QuantConfig"),
-    "conversion": ("convert",),
+    "tools.conversion": ("convert",),
     "errors": (
         "BackendError",
         "CalibrationError",
@@ -34,10 +34,10 @@ _HOMES = {
     "evaluation": ("EvalTask",),
     "exporter": ("Content", "Exporter", "LayerSpec"),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
-    "hub": ("push_to_hub",),
+    "tools.hub": ("push_to_hub",),
     "linear": ("QuantLinear",),
     "model": ("quiet_transformers", "transposed_linears"),
-    "native": ("use_in_transformers",),
+    "tools.native": ("use_in_transformers",),
     "target": ("Finding", "Subject", "Target"),
     "weight": ("QuantizedWeight",),
 }
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from .backend import MatmulSpec as MatmulSpec
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
-    from .checking import check as check
     from .checkpoint import FolderExporter as FolderExporter
     from .checkpoint import ModelFolder as ModelFolder
     from .checkpoint import TensorExporter as TensorExporter
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
-    from .conversion import convert as convert
     from .errors import BackendError as BackendError
     from .errors import CalibrationError as CalibrationError
     from .errors import CheckpointError as CheckpointError
@@ -88,14 +86,16 @@ if TYPE_CHECKING:
     from .exporter import LayerSpec as LayerSpec
     from .hookspecs import PLUGIN_API_VERSION as PLUGIN_API_VERSION
     from .hookspecs import hookimpl as hookimpl
-    from .hub import push_to_hub as push_to_hub
     from .linear import QuantLinear as QuantLinear
     from .model import quiet_transformers as quiet_transformers
     from .model import transposed_linears as transposed_linears
-    from .native import use_in_transformers as use_in_transformers
     from .target import Finding as Finding
     from .target import Subject as Subject
     from .target import Target as Target
+    from .tools.checking import check as check
+    from .tools.conversion import convert as convert
+    from .tools.hub import push_to_hub as push_to_hub
+    from .tools.native import use_in_transformers as use_in_transformers
     from .weight import QuantizedWeight as QuantizedWeight
 
 

@@ -37,7 +37,6 @@ from .config import Override, QuantConfig
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
-from .explain import explain as describe_plan
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
 from .model import (
@@ -165,7 +164,7 @@ def quantize(
         adapter=chosen,
         algorithm=algorithm,
         config=config,
-        linears=plan_linears(network, chosen, config, [_override(each) for each in overrides]),
+        linears=plan_linears(network, chosen, config, [Override.of(each) for each in overrides]),
         device=place,
         dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
         seed=seed,
@@ -227,12 +226,6 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
     return kind(**params)
 
 
-def _override(value: Override | str | Mapping[str, Any]) -> Override:
-    if isinstance(value, Override):
-        return value
-    return Override.from_text(value) if isinstance(value, str) else Override.parse(value, "override")
-
-
 def pick_device(device: str | torch.device) -> torch.device:
     """Return the device meant; "auto" is the first GPU, or the CPU.
 
@@ -284,14 +277,15 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
-    job.model.qcore_info = _info(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
+    job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
     plugins.call("qcore_run_finished", report=report)
     return job.model
 
 
-def _info(
+def info_of(
     report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
 ) -> Info:
+    """Return what to keep of a model that was quantized or loaded; unknown: checkpoint tensors it has no parameter for."""
     if folder is None:
         return Info(report, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
@@ -461,7 +455,7 @@ def load(
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    network.qcore_info = _info(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
+    network.qcore_info = info_of(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
 
 
@@ -573,40 +567,6 @@ def report(model: nn.Module | str | Path) -> dict[str, Any]:
     return read_json(path / PROVENANCE)
 
 
-def explain(
-    model: str | Path,
-    *,
-    bits: int = 4,
-    group_size: int = 128,
-    overrides: Sequence[Override | str | Mapping[str, Any]] = (),
-    samples: int = 128,
-    seqlen: int = 2048,
-    adapter: str | None = None,
-    device: str | torch.device = "auto",
-    trust_remote_code: bool = False,
-    plugins: Plugins | None = None,
-) -> dict[str, Any]:
-    """Return what `quantize` would do with a model, see `qcore.explain.explain`; nothing is quantized.
-
-    Raises what `quantize` would raise for the model.
-    """
-    plugins = plugins or installed()
-    folder = ModelFolder(resolve_model(str(model), plugins))
-    if folder.config.get("quantization_config"):
-        check_model(nn.Module(), folder)
-    return describe_plan(
-        folder,
-        plugins,
-        pick_device(device),
-        config=QuantConfig.parse({"bits": bits, "group_size": group_size}, "explain"),
-        overrides=[_override(each) for each in overrides],
-        samples=samples,
-        seqlen=seqlen,
-        adapter=adapter,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any]:
     """Describe a quantized folder: format, sizes, bits per weight, every layer, where it came from.
 
@@ -644,7 +604,6 @@ __all__ = [
     "QcoreError",
     "content_of",
     "evaluate",
-    "explain",
     "inspect",
     "load",
     "open_content",

@@ -321,7 +321,8 @@ def inspect(folder: Path, as_json: bool) -> None:
 @json_option
 def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
-    from . import api, conversion
+    from . import api
+    from .tools import conversion
 
     conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
     report = api.report(output)
@@ -352,8 +353,8 @@ def check(model: str, target: str, format_: str | None, options: tuple[str, ...]
     """Tell whether --target loads MODEL, a quantized folder or a float one with a plan. Exit code 1 when it does not."""
     from dataclasses import asdict
 
-    from . import checking
     from .errors import name_list
+    from .tools import checking
 
     findings = checking.check(model, target, format=format_, **plan, **parse_options(options))
     refused = any(finding.level == "refuses" for finding in findings)
@@ -389,7 +390,7 @@ def _text_options(command: Any) -> Any:
 @_text_options
 def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **settings: Any) -> None:
     """Write a page about a quantized FOLDER: errors, bits and outliers of each linear, sizes, quality, how it was made."""
-    from . import page, reporting
+    from .tools import page, reporting
 
     found = reporting.gather(folder, text=_read_text(text) if text else None, **settings)
     _write(output, page.report_page(found))
@@ -407,7 +408,7 @@ def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **
 def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, text: Path | None, as_json: bool,
             **settings: Any) -> None:  # fmt: skip
     """Rank quantized FOLDERS by KL divergence, else perplexity, else size; with --text, and --reference."""
-    from . import page, reporting
+    from .tools import page, reporting
 
     rows = reporting.compare(folders, text=_read_text(text) if text else None, **settings)
     if output:
@@ -434,7 +435,7 @@ def _write(file: Path, content: str) -> None:
 @click.option("--in", "parent", default=".", type=click.Path(path_type=Path), help="Folder to put it in.")
 def new_plugin(name: str, kind: str, parent: Path) -> None:
     """Write a distribution with a working plugin NAME of a kind, and its conformance test."""
-    from . import new_plugin as writer
+    from .tools import new_plugin as writer
 
     folder = writer.write(kind, name, parent)
     click.echo(f"{folder}: now\n  pip install -e '{folder}[test]'\n  pytest {folder}\n  qcore plugins")
@@ -518,9 +519,9 @@ def models(explain: str | None, as_json: bool, overrides: tuple[str, ...], **set
     if explain is None:
         _listing("model", as_json)
         return
-    from . import api
+    from .tools.explain import explain as planned
 
-    plan = api.explain(explain, overrides=overrides, **settings)
+    plan = planned(explain, overrides=overrides, **settings)
     if as_json:
         click.echo(json.dumps(plan))
     else:

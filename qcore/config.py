@@ -97,6 +97,13 @@ class Override(Options):
         return value
 
     @classmethod
+    def of(cls, value: Override | str | Mapping[str, Any]) -> Override:
+        """Return an override given as such, in the command-line form, or as a mapping of its fields."""
+        if isinstance(value, Override):
+            return value
+        return cls.from_text(value) if isinstance(value, str) else cls.parse(value, "override")
+
+    @classmethod
     def from_text(cls, text: str) -> Override:
         """Read the command-line form `PATTERN:bits=8,group_size=32` or `PATTERN:skip`.
 

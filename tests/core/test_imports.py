@@ -17,9 +17,11 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "target", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "explain", "evaluation", "api",
-    "conversion", "native", "checking", "hub", "reporting", "page", "new_plugin", "cli", "testing",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "model", "blocks", "run", "evaluation", "api", "cli", "testing",
 ]  # fmt: skip
+
+#: what stands on the public door, and is imported by the command line alone
+TOOLS = {path.stem for path in CORE.glob("tools/*.py")} - {"__init__"}
 
 #: plugins that the core may name: as defaults of the public functions and of the command line
 DEFAULTS = {"api.py": {"gptq", "topics"}, "cli.py": {"gptq"}}
@@ -30,7 +32,7 @@ def tree_of(path):
 
 
 def sources():
-    return sorted(CORE.glob("*.py"))
+    return sorted([*CORE.glob("*.py"), *CORE.glob("tools/*.py")])
 
 
 def imported_from_core(tree):
@@ -47,11 +49,11 @@ def imported_from_core(tree):
 
 
 def test_the_order_names_every_file_of_the_core():
-    assert sorted(ORDER) == sorted(path.stem for path in sources() if not path.stem.startswith("__"))
+    assert sorted(ORDER) == sorted(path.stem for path in CORE.glob("*.py") if not path.stem.startswith("__"))
 
 
-#: exceptions, inside a function: plugins.py looks at the kinds it checks
-INSIDE_FUNCTIONS = {"plugins": {"calibration", "evaluation"}}
+#: exceptions, inside a function: plugins.py looks at the kinds it checks; the command line calls the tools
+INSIDE_FUNCTIONS = {"plugins": {"calibration", "evaluation"}, "cli": {"tools", *(f"tools.{name}" for name in TOOLS)}}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -59,6 +61,13 @@ def test_a_file_imports_only_from_those_above_it(name):
     above = [*ORDER[: ORDER.index(name)], "__version__"]
     found = set(imported_from_core(tree_of(CORE / f"{name}.py"))) - INSIDE_FUNCTIONS.get(name, set())
     assert found <= set(above)
+
+
+@pytest.mark.parametrize("name", sorted(TOOLS))
+def test_a_tool_imports_what_the_command_line_could(name):
+    tree = tree_of(CORE / "tools" / f"{name}.py")
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 2}
+    assert found - {None} <= set(ORDER[: ORDER.index("cli")])
 
 
 def docstrings(tree):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import qcore
-from qcore import ConfigError, reporting
+from qcore import ConfigError
+from qcore.tools import reporting
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import ConfigError, suggest
-from .plugins import KINDS
+from ..errors import ConfigError, suggest
+from ..plugins import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"
 

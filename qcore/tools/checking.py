@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from .api import DEFAULT_FORMAT, _override, open_content
-from .checkpoint import ModelFolder, folder_config, resolve_model
-from .config import Override, QuantConfig
-from .errors import ConfigError, suggest
-from .exporter import Exporter, LayerSpec
-from .model import FolderWeights, skeleton
-from .plugins import Plugins, installed
-from .run import find_adapter, plan_linears, shape_of
-from .target import Finding, Subject, Target
+from ..api import DEFAULT_FORMAT, open_content
+from ..checkpoint import ModelFolder, folder_config, resolve_model
+from ..config import Override, QuantConfig
+from ..errors import ConfigError, suggest
+from ..exporter import Exporter, LayerSpec
+from ..model import FolderWeights, skeleton
+from ..plugins import Plugins, installed
+from ..run import find_adapter, plan_linears, shape_of
+from ..target import Finding, Subject, Target
 
 
 def check(
@@ -54,7 +54,7 @@ def check(
         subject = Subject(exporter.name, config, content.layers)
     else:
         grid = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "check")
-        layers = planned(ModelFolder(folder), grid, [_override(each) for each in overrides], act_order, plugins)
+        layers = planned(ModelFolder(folder), grid, [Override.of(each) for each in overrides], act_order, plugins)
         exporter = plugins.get("format", format or DEFAULT_FORMAT)
         subject = Subject(exporter.name, config, layers)
         refused = _refused(exporter, subject)

@@ -3,58 +3,67 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapter import ModelAdapter, _any_expert, is_linear, linears_in
-from .checkpoint import ModelFolder
-from .config import Override, QuantConfig
-from .model import FolderWeights, compute_dtype, skeleton, stored_dtype
-from .plugins import Plugins
-from .run import check_model, find_adapter, plan_linears, shape_of
+from ..adapter import ModelAdapter, _any_expert, is_linear, linears_in
+from ..api import pick_device
+from ..checkpoint import ModelFolder, resolve_model
+from ..config import Override, QuantConfig
+from ..model import FolderWeights, compute_dtype, skeleton, stored_dtype
+from ..plugins import Plugins, installed
+from ..run import check_model, find_adapter, plan_linears, shape_of
 
 
 def explain(
-    folder: ModelFolder,
-    plugins: Plugins,
-    device: torch.device,
+    model: str | Path,
     *,
-    config: QuantConfig,
-    overrides: Sequence[Override] = (),
-    samples: int,
-    seqlen: int,
+    bits: int = 4,
+    group_size: int = 128,
+    overrides: Sequence[Override | str | Mapping[str, Any]] = (),
+    samples: int = 128,
+    seqlen: int = 2048,
     adapter: str | None = None,
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    plugins: Plugins | None = None,
 ) -> dict[str, Any]:
-    """Return the plan for a float model in a folder; no weights are read, but for a block or two by the generic adapter.
+    """Return what `quantize` would do with a float model; no weights are read, but for a block or two by the generic adapter.
 
     {"model_type", "adapter", "assumed", "blocks": how many, "kinds": [{"blocks": indices, "groups": …}], "quantized",
     "float": [{"what", "weights", "why"}], "size", "size_quantized", "memory", "seconds_forward"}
+
+    Raises what `quantize` would raise for the model.
     """
-    model = skeleton(folder, trust_remote_code)
-    check_model(model, folder)
-    weights = FolderWeights(model, folder)
-    chosen = find_adapter(model, weights, plugins, device, adapter)
-    linears = plan_linears(model, chosen, config, overrides)
-    shapes = {name: shape_of(model.get_submodule(name)) for name in linears}
+    plugins, place = plugins or installed(), pick_device(device)
+    folder = ModelFolder(resolve_model(str(model), plugins))
+    if folder.config.get("quantization_config"):
+        check_model(nn.Module(), folder)
+    config = QuantConfig.parse({"bits": bits, "group_size": group_size}, "explain")
+    network = skeleton(folder, trust_remote_code)
+    check_model(network, folder)
+    chosen = find_adapter(network, FolderWeights(network, folder), plugins, place, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    shapes = {name: shape_of(network.get_submodule(name)) for name in linears}
     quantized = sum(out * columns for name, (out, columns) in shapes.items() if linears[name] is not None)
-    dtype = compute_dtype(stored_dtype(folder), device)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    dtype = compute_dtype(stored_dtype(folder), place)
+    total = sum(parameter.numel() for parameter in network.parameters())
     code_bytes = sum(_quantized_bytes(*shapes[name], each) for name, each in linears.items() if each is not None)
     return {
-        "model_type": str(model.config.model_type),  # type: ignore[union-attr]
+        "model_type": str(network.config.model_type),  # type: ignore[union-attr]
         "adapter": chosen.name,
         "assumed": list(chosen.notes),
-        "blocks": len(chosen.find_blocks(model)),
-        "kinds": _kinds(model, chosen),
+        "blocks": len(chosen.find_blocks(network)),
+        "kinds": _kinds(network, chosen),
         "quantized": quantized,
-        "float": _kept_float(model, chosen, linears),
+        "float": _kept_float(network, chosen, linears),
         "size": folder.size(),
         "size_quantized": code_bytes + (total - quantized) * stored_dtype(folder).itemsize,
-        **_cost(model, chosen, samples * seqlen, device, dtype),
+        **_cost(network, chosen, samples * seqlen, place, dtype),
     }
 
 

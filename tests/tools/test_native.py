@@ -15,7 +15,7 @@ def as_before(monkeypatch):
     """Whatever a test registers is gone after it."""
     for mapping in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
-        monkeypatch.setattr(f"qcore.native.{mapping}", getattr(auto, mapping))
+        monkeypatch.setattr(f"qcore.tools.native.{mapping}", getattr(auto, mapping))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .api import DEFAULT_FORMAT, inspect, open_content, save
+from ..api import DEFAULT_FORMAT, inspect, open_content, save
+from ..errors import ModelError
+from ..plugins import Plugins, installed
 from .checking import check
-from .errors import ModelError
-from .plugins import Plugins, installed
 
 CARD = "README.md"
 

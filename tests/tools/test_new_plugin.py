@@ -3,9 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
-from qcore import ConfigError, cli, new_plugin
+from qcore import ConfigError, cli
 from qcore.plugins import KINDS, Plugins
 from qcore.testing import check_plugin, entry_point
+from qcore.tools import new_plugin
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 import qcore
-from qcore import PluginError, cli, page, reporting
+from qcore import PluginError, cli
+from qcore.tools import page, reporting
 
 VOID = {"meta"}
 

@@ -5,10 +5,11 @@ import torch
 from click.testing import CliRunner
 
 import qcore
-from qcore import CheckpointError, Content, Exporter, LayerSpec, QuantConfig, cli, conversion
+from qcore import CheckpointError, Content, Exporter, LayerSpec, QuantConfig, cli
 from qcore.api import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight
+from qcore.tools import conversion
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from zoo import build
 
 import qcore
 from qcore import ModelError
-from qcore.api import explain
 from qcore.checkpoint import ModelFolder
 from qcore.cli import cli
+from qcore.tools.explain import explain
 
 
 @pytest.fixture(scope="module")

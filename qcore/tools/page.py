@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import PluginError
+from ..errors import PluginError
 from .reporting import grid_of
 
 #: dark to light, even in brightness (from matplotlib's "viridis", CC0)

@@ -15,12 +15,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .api import _info, open_content
-from .errors import CheckpointError
-from .exporter import Content
-from .linear import QuantLinear, replace_module
-from .model import Placement, WeightSource, load_tokenizer
-from .plugins import Plugins, installed
+from ..api import info_of, open_content
+from ..errors import CheckpointError
+from ..exporter import Content
+from ..linear import QuantLinear, replace_module
+from ..model import Placement, WeightSource, load_tokenizer
+from ..plugins import Plugins, installed
 
 
 def use_in_transformers(
@@ -115,7 +115,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         report = dict(self.content.provenance)
         origin = self.content.source
-        model.qcore_info = _info(report, load_tokenizer(self.folder), model, origin)  # type: ignore[assignment]
+        model.qcore_info = info_of(report, load_tokenizer(self.folder), model, origin)  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:

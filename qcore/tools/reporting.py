@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import api
-from .errors import ConfigError
-from .exporter import Content
-from .plugins import Plugins, installed
+from .. import api
+from ..errors import ConfigError
+from ..exporter import Content
+from ..plugins import Plugins, installed
 
 
 def gather(
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
     """What the report was made with; what the model was made with stands in its provenance."""
     import transformers
 
-    from . import __version__
+    from .. import __version__
 
     found = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {**found, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

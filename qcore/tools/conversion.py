@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, grid
-from .api import open_content
-from .checkpoint import check_output, complete_folder, resolve_model, write_manifest
-from .config import QuantConfig
-from .errors import CheckpointError, name_list
-from .exporter import Content, Exporter, LayerSpec
-from .model import transposed_linears
-from .plugins import Plugins, installed
-from .weight import QuantizedWeight
+from .. import __version__, grid
+from ..api import open_content
+from ..checkpoint import check_output, complete_folder, resolve_model, write_manifest
+from ..config import QuantConfig
+from ..errors import CheckpointError, name_list
+from ..exporter import Content, Exporter, LayerSpec
+from ..model import transposed_linears
+from ..plugins import Plugins, installed
+from ..weight import QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128, -1)  # what formats and kernels have in common
 

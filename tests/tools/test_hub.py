@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 import qcore
-from qcore import hub
+from qcore.tools import hub
 
 
 class Hub(ThreadingHTTPServer):
