@@ -80,10 +80,13 @@ def test_results_before_and_after_stand_side_by_side(llama_folder, tmp_path):
     assert found["perplexity"] != found["reference_perplexity"]
 
 
-def test_a_dataloader_of_the_callers_own_is_used_as_it_is(llama, tokenizer):
+@pytest.mark.parametrize("named", ["label", "labels"])
+def test_a_dataloader_of_the_callers_own_is_used_as_it_is(llama, tokenizer, named):
     ids = tokenizer("The assert statement", return_tensors="pt")["input_ids"]
     labels = torch.where(torch.arange(ids.shape[1]) < 2, samples.IGNORED, ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": labels}
+    if named != "label":
+        batch[named] = batch.pop("label")
     found = run(llama, "language_modeling", tokenizer, dataloader=torch.utils.data.DataLoader([batch], batch_size=None))
     assert found["perplexity"] == pytest.approx(math.exp(llama(ids, labels=labels).loss.item()), rel=1e-5)
 
@@ -248,6 +251,8 @@ def test_a_label_too_long_is_cut_at_its_end_in_language_modeling(tokenizer):
          ConfigError, r"may use \{prompt\}"),
         ("text_summarization", {"data_name_or_path": [{"prompt": "word " * 400, "label": "x"}], "truncate_prompt": False},
          EvaluationError, "none of the 1 samples fits into 256 tokens"),
+        ("sequence_classification", {"dataloader": [], "classes": CLASSES}, EvaluationError, "the dataloader is empty"),
+        ("text_summarization", {"dataloader": [{"input_ids": 1}]}, EvaluationError, "batch 1 .* has no attention_mask, label"),
         ("classification", {}, ConfigError, "no task is called 'classification'. Did you mean 'sequence_classification'"),
         ("lm_eval", {}, ConfigError, "needs names behind a colon"),
         ("lm_eval:no_such_task", {"include_defaults": False}, ConfigError, "has no task 'no_such_task'"),
