@@ -111,7 +111,7 @@ def _before_after(report: Mapping[str, Any], measured: Mapping[str, Any]) -> str
         rows.append(("KL divergence, nats per token", 0.0, measured["kl"], "{:.4f}"))
     body = ""
     for name, old, new, form in rows:
-        change = f"{100 * (new / old - 1):+.1f} %" if old else ""
+        change = f"{100 * (new / old - 1):+.1f} %".replace("-", "−") if old else ""
         old_text = "" if old is None else form.format(old)
         bar = f'<span class="bar" style="width:{max(2, round(160 * new / old))}px"></span>' if old and new < old else ""
         cells = (_cell("td", old_text, True), _cell("td", form.format(new), True), _cell("td", change, True))

@@ -8,13 +8,14 @@ import types
 
 import pytest
 import torch
+from click.testing import CliRunner
 from qcore_plugins.tasks import samples
 from qcore_plugins.tasks.lm_eval_harness import Harness
 from qcore_plugins.tasks.sequence_classification import closest, edit_distance, vote
 from transformers import GenerationConfig
 
 import qcore
-from qcore import ConfigError, EvaluationError
+from qcore import ConfigError, EvaluationError, cli
 
 ROWS = [
     {"prompt": "The assert statement is", "label": " a convenient way"},
@@ -302,11 +303,14 @@ def harness_task(tmp_path):
     return tmp_path, questions
 
 
-def test_lm_evaluation_harness_scores_a_quantized_model(llama, tokenizer, harness_task, monkeypatch):
+def test_lm_evaluation_harness_scores_a_quantized_model(llama_folder, harness_task, tmp_path, monkeypatch):
+    """By the command, as a user would; the expected accuracy is computed from the model's logits."""
     pytest.importorskip("lm_eval")
     folder, questions = harness_task
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-    model = qcore.quantize(llama, "rtn", bits=4, group_size=32)
+    out = qcore.quantize(llama_folder, "rtn", bits=4, group_size=32, output=tmp_path / "out")
+    model = qcore.load(out)
+    tokenizer = model.qcore_info.tokenizer
 
     @torch.no_grad()
     def likelihood(prompt, choice):
@@ -316,5 +320,7 @@ def test_lm_evaluation_harness_scores_a_quantized_model(llama, tokenizer, harnes
 
     answers = [max(range(3), key=lambda i: likelihood(each["q"], each["choices"][i])) for each in questions]
     expected = sum(answer == each["gold"] for answer, each in zip(answers, questions, strict=True)) / 3
-    found = run(model, "lm_eval:qcore_local", tokenizer, include_path=str(folder), include_defaults=False)
-    assert found == {"qcore_local/acc": pytest.approx(expected)}
+    command = ["eval", str(out), "--task", "lm_eval:qcore_local", "--set", f"include_path={folder}"]
+    found = CliRunner().invoke(cli.cli, [*command, "--set", "include_defaults=false", "--json"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["qcore_local/acc"] == pytest.approx(expected)
