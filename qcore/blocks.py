@@ -276,7 +276,7 @@ class Block:
 
     def acts_as(self, name: str, weight: QuantizedWeight) -> bool:
         """Whether replays run this linear with this weight."""
-        return name in self._final and self._final[name].equal(weight)
+        return name in self._final and (self._final[name] is weight or self._final[name].equal(weight))
 
     def finished_parts(self) -> list[str]:
         """Names of the finished linears, and of the children of the block in which every linear is finished."""
@@ -354,6 +354,7 @@ class Block:
 
         Raises RunError when they become NaN or Inf, naming the block.
         """
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: looking makes the host wait
         for number, kwargs in enumerate(self.kwargs):
             hidden = stream.hidden[number]
             inputs, arguments = hidden.to(self.device), _own(kwargs, self.device)
@@ -363,17 +364,17 @@ class Block:
             else:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
-            mask = self.masks[number]
-            if not bool(torch.isfinite(_tokens(output, mask)).all()):
-                raise RunError(
-                    f"the hidden states after block {self.name} hold NaN or Inf"
-                    f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
-                    "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
-                )
+            finite &= torch.isfinite(_tokens(output, self.masks[number])).all()
             if output.shape == hidden.shape and output.dtype == hidden.dtype:
                 hidden.copy_(output)  # a new tensor would outlive the temporary ones around it and splinter the heap
             else:
                 stream.hidden[number] = output.to(hidden.device)
+        if not bool(finite):
+            raise RunError(
+                f"the hidden states after block {self.name} hold NaN or Inf"
+                f"{'' if original else ' (quantized)'}; its activations overflow {stream.hidden[0].dtype}. "
+                "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
+            )
 
     @contextlib.contextmanager
     def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
