@@ -226,11 +226,11 @@ class FolderWeights:
             if full == name or full.startswith(prefix):
                 wanted.setdefault(key, []).append(full)
         for key, tensor in self.folder.read(wanted):
-            check_finite(tensor, key)
             target = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device, target)
+            moved = tensor.to(device, target)
+            check_finite(moved if target == tensor.dtype else tensor, key)  # on a GPU it costs nothing
             for full in wanted[key]:
-                _set(self.model, full, self.part(full, tensor))
+                _set(self.model, full, self.part(full, moved))
         module = self.model.get_submodule(name)
         for submodule in module.modules():
             for key, buffer in submodule.named_buffers(recurse=False):
@@ -272,10 +272,12 @@ class ModuleWeights:
         module = self.model.get_submodule(name)
         for full, tensor in [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]:
             assert full.startswith(prefix)
-            check_finite(tensor, full)
             home[full] = tensor
             is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            _set(self.model, full, tensor.detach().to(device, dtype if is_weight else tensor.dtype))
+            target = dtype if is_weight else tensor.dtype
+            moved = tensor.detach().to(device, target)
+            check_finite(moved if target == tensor.dtype else tensor, full)  # on a GPU it costs nothing
+            _set(self.model, full, moved)
 
     def let_go(self, name: str) -> None:
         """See Weights."""
