@@ -399,8 +399,26 @@ def test_compile_is_asked_for_by_option(monkeypatch):
     )
     quantize(TinyModel(depth=1), iters=2)
     assert not any(seen)
-    quantize(TinyModel(depth=1), iters=2, compile=True)
-    assert seen[-1]
+    quantize(TinyModel(depth=1), iters=2, compile=True, checks=0)
+    assert sum(seen) == 2, "the steps, not what is looked at once"
+
+
+def test_equal_blocks_are_compiled_once_and_whole(monkeypatch):
+    """One graph for the steps of all blocks: none is compiled again for the next block, for a check, or in pieces."""
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(blocks._run, backend=backend, fullgraph=True)
+    monkeypatch.setattr(blocks, "_compiled_run", lambda: compiled)
+    model = tiny_transformer(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, vocab_size=50
+    )
+    quantize(model, iters=3, group_size=16, compile=True)
+    assert len(graphs) == 1
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(weights_of):
