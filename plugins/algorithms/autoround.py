@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,7 @@ from qcore import (
     Linear,
     ModelError,
     Options,
+    Override,
     QuantConfig,
     QuantizedWeight,
     grid,
@@ -281,6 +282,7 @@ class Tuning:
         wanted = min(len(targets), max(1, params.iters // 50))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
 
@@ -306,7 +308,7 @@ class Tuning:
                         break
                     if loss < best or not checks:
                         best, best_step, kept = loss, step + 1, self._frozen()
-        return Outcome(before, best, best_step, note), kept
+        return Outcome(before, best, best_step, "; ".join(filter(None, (note, self.unmatched)))), kept
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         """One step of SignSGD on `gradient_accumulate_steps` batches."""
@@ -316,11 +318,11 @@ class Tuning:
             output, error, _ = self._error(next(batches), self.weights)
             self.losses[step] += mean_square(error)
             output.backward(error.div_(self.unit).to(output.dtype))
-        minmax_lr = params.minmax_step_size * decay if params.enable_minmax_tuning else None
         for name, rounding in self.roundings.items():
-            weight = self.weights[name]
+            weight, rate = self.weights[name], decay * self.rates[name]
             if weight.grad is not None:  # else an expert that no token of these batches went to
-                rounding.update(weight.grad, params.step_size * decay, minmax_lr, weight.detach())
+                minmax_lr = params.minmax_step_size * rate if params.enable_minmax_tuning else None
+                rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
 
     def _drawn(self) -> Iterator[Batch]:
@@ -371,6 +373,16 @@ class Tuning:
 
 
 Batch = tuple[Tensor, dict[str, Any], Tensor | None, Tensor]  # hidden states, keyword arguments, mask, target
+
+
+def rates_by_linear(layer_lr: Mapping[str, float], names: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Return what multiplies each linear's lr, of several patterns the last that fits, and a word on those that fit none."""
+    rates, unmatched = dict.fromkeys(names, 1.0), []
+    for pattern, factor in layer_lr.items():
+        fitting = [name for name in names if Override(pattern=pattern).matches(name)]
+        rates.update(dict.fromkeys(fitting, factor))
+        unmatched += [] if fitting else [pattern]
+    return rates, f"layer_lr: {', '.join(map(repr, unmatched))} fits no linear of this block" if unmatched else ""
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -509,6 +521,7 @@ class AutoRound(Algorithm):
         damp_percent, shrink, float_targets: GPTQ's, of start "gptq".
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
+        layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -529,6 +542,7 @@ class AutoRound(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
+        layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
         compile: bool | None = None
 
         @model_validator(mode="before")

@@ -290,6 +290,20 @@ def test_minmax_lr_is_how_far_ranges_go(tunings):
             assert 0.9 * lr * 5.5 < moved(tunings[-1], number) < 1.01 * lr * 5.5
 
 
+def test_layer_lr_is_how_much_further_some_linears_go(tunings):
+    layers = layers_of(
+        quantize(iters=10, lr=0.01, minmax_lr=0.001, checks=0, layer_lr={"down": 2.0, "blocks.1.up": 0.5})
+    )
+    far = {name: float(r.V.abs().max()) / (0.01 * 5.5) for name, r in tunings[-1].roundings.items()}
+    assert far.pop("blocks.1.down") == pytest.approx(2, rel=0.1)
+    assert far.pop("blocks.1.up") == pytest.approx(0.5, rel=0.1)
+    assert list(far.values()) == [pytest.approx(1, rel=0.1)] * 4
+    ranges = {name: float((r.beta - 1).abs().max()) for name, r in tunings[-1].roundings.items()}
+    assert ranges["blocks.1.down"] == pytest.approx(2 * ranges["blocks.1.gate"], rel=0.1)
+    assert "'blocks.1.up' fits no linear of this block" in layers["blocks.0.up"]["note"]
+    assert "note" not in layers["blocks.1.up"]
+
+
 def test_without_minmax_tuning_ranges_stay(tunings):
     quantize(iters=10, enable_minmax_tuning=False, checks=0, sym=False)
     assert moved(tunings[-1], 1) == moved(tunings[-1], 2) == 0 < moved(tunings[-1], 0)
@@ -479,7 +493,8 @@ def test_no_iterations_is_plain_rounding_and_says_so(weights_of):
 @pytest.mark.parametrize(
     "options",
     [{"iters": -1}, {"lr": 0}, {"lr": -0.1}, {"minmax_lr": 0}, {"bs": 0}, {"gradient_accumulate_steps": 0}, {"n_blocks": 0},
-     {"preset": "fast"}, {"start": "awq"}, {"outliers": 1.0}, {"checks": -1}, {"float_targets": 2}],
+     {"preset": "fast"}, {"start": "awq"}, {"outliers": 1.0}, {"checks": -1}, {"float_targets": 2},
+     {"layer_lr": {"down": 0}}],
 )  # fmt: skip
 def test_impossible_values_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
