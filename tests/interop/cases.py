@@ -21,8 +21,9 @@ from qcore.plugins import installed
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Water boils at a temperature of"]
 COUNT = 8
 MARGIN = 0.15  # in log-probability: how far below the likeliest a token may lie that a client chooses
-#: llama.cpp rounds activations to 8 bits. On a file that its own converter wrote, the log-probabilities of its six likeliest tokens
-#: are 0.08 from float32 in the mean and the token it chooses is up to 0.22 below the likeliest: so it is judged by the mean
+#: llama.cpp rounds activations to 8 bits, vLLM computes in bfloat16; both tell how likely the six likeliest tokens are. On a file that
+#: llama.cpp's own converter wrote these are 0.08 from float32 in the mean, and the token it chooses is up to 0.22 below the likeliest.
+#: So who tells is judged by the mean, others by the gap
 NOISE = 0.12
 #: in logits, whose range is 30: how far what a peer answers may lie from qcore; GPTQModel computes in float16 (qcore itself is 0.14
 #: from its own float32 there), the others in float32

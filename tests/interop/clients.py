@@ -34,9 +34,12 @@ def vllm(folder, prompts, count):
     import vllm as library
 
     model = library.LLM(model=folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, max_num_seqs=2)
-    sampling = library.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
-    return [list(answer.outputs[0].token_ids) for answer in answers], library.__version__, {}
+    sampling = library.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=6)
+    answers = [
+        answer.outputs[0] for answer in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    ]
+    top = [[{token: each.logprob for token, each in place.items()} for place in answer.logprobs] for answer in answers]
+    return [list(answer.token_ids) for answer in answers], library.__version__, {"top": top}
 
 
 def gptqmodel(folder, prompts, count):
