@@ -29,6 +29,7 @@ from .checkpoint import (
     complete_folder,
     disk_errors,
     folder_config,
+    in_shards,
     read_json,
     resolve_model,
     write_manifest,
@@ -342,17 +343,19 @@ def save(
     *,
     tokenizer: Any = None,
     manifest: bool = False,
+    shard_bytes: int | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
 
-    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check.
+    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check. shard_bytes: the most a weight file
+    holds (None: 5 GB).
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.
     """
     plugins = plugins or installed()
-    exporter: Exporter = plugins.get("format", format)
+    exporter = in_shards(plugins.get("format", format), shard_bytes)
     target = Path(folder)
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)

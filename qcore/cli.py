@@ -319,13 +319,17 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
 @click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
+@click.option("--shard-gb", type=float, help="The most a weight file holds, in GB.  [default: 5]")
 @json_option
-def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
+def convert(
+    model: str, output: Path, format_: str, lossy: bool, manifest: bool, shard_gb: float | None, as_json: bool
+) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
     from . import api
     from .tools import conversion
 
-    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
+    shard_bytes = None if shard_gb is None else int(shard_gb * 1e9)
+    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest, shard_bytes=shard_bytes)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
     if as_json:
