@@ -53,21 +53,26 @@ from .model import (
     stored_dtype,
 )
 from .plugins import Plugins, installed
+from .ranks import Ranks
 from .run import (
     Job,
     Journal,
     _announce,
+    _calibration_facts,
     _model_dtype,
+    _nobody,
     _vocabulary,
     check_format,
     check_model,
     find_adapter,
+    fingerprint,
     model_digest,
     plan_linears,
     provenance,
     quantize_blocks,
     quantize_to_folder,
     renamed,
+    same_everywhere,
 )
 from .weight import QuantizedWeight
 
@@ -110,6 +115,7 @@ def quantize(
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
+    deterministic: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
@@ -125,6 +131,9 @@ def quantize(
         pass (None: chosen by size). seed: for everything random.
     device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
+    deterministic: give the same bytes whatever the number of processes (docs/scaling.md).
+
+    Where torch.distributed has a process group, its processes share the run; each must make this call. The first one writes.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
     Raises a QcoreError child for everything the caller can cause.
@@ -158,6 +167,7 @@ def quantize(
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     chosen = find_adapter(network, weights, plugins, place, adapter)
+    ranks = Ranks(deterministic)
     job = Job(
         model=network,
         weights=weights,
@@ -172,6 +182,7 @@ def quantize(
         calibration=None,
         label=label,
         blocks=chosen.find_blocks(network),
+        ranks=ranks,
     )
 
     def float_model() -> nn.Module:
@@ -183,23 +194,31 @@ def quantize(
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
         return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
 
+    calibrates, source = algorithm.uses_calibration, identify(calibration)
+    given = make_calibration() if calibrates and source is None else None  # in memory: every process has its own copy
+    used = {"calibration": _calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
+    same_everywhere(ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
+
+    def calibrate() -> Calibration:
+        return given or make_calibration()
+
     if target is None:
-        if algorithm.uses_calibration:
-            job.calibration = make_calibration()
+        if calibrates:
+            job.calibration = ranks.first(calibrate)
         return _quantize_in_place(job, plugins, tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
-    journal = Journal(target, fresh)
+    journal = Journal(target, fresh, ranks)
     try:
-        if algorithm.uses_calibration:
+        if calibrates:
             asked = {
-                "source": identify(calibration),
+                "source": source,
                 "samples": samples,
                 "seqlen": seqlen,
                 "seed": seed,
                 "model": model_digest(folder),
             }
-            job.calibration = journal.calibration(make_calibration, asked)
+            job.calibration = journal.calibration(calibrate, asked)
         report = quantize_to_folder(job, folder, journal, exporter, plugins)
     finally:
         journal.close()
@@ -261,14 +280,15 @@ def _longest(model: nn.Module) -> int | None:
 
 def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    plugins.call(
+    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell(
         "qcore_run_started",
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
     unknown = _unknown(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, _announce(plugins)):
+    for _, results, found in quantize_blocks(job, None, _announce(tell)):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
@@ -278,7 +298,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
-    plugins.call("qcore_run_finished", report=report)
+    tell("qcore_run_finished", report=report)
     return job.model
 
 

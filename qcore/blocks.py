@@ -18,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import is_linear, linears_in
-from .algorithm import Linear
+from .algorithm import Linear, Task, TotalT
 from .config import QuantConfig
 from .errors import ModelError, RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
+from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
 
 #: outputs of finished parts of one block kept between replays, so that they are not computed again
 MEMO_BYTES = 2 * 10**9
 #: an expert that gets fewer tokens than this share of its columns is calibrated on all tokens
 FEW_TOKENS = 0.25
+#: tasks a deterministic run asks for: more than a block has, so that how it is cut does not depend on the processes
+MANY = 2**20
 
 
 @dataclass
@@ -191,10 +194,18 @@ class Block:
     kwargs: list[dict[str, Any]]
     masks: list[Tensor | None]
     records: dict[str, dict[str, Any]]
+    ranks: Ranks
+    share: range  # which of all calibration batches these are, and how many there are in all
+    batches_in_all: int
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+    _agreed: set[str] = field(default_factory=set)  # linears whose weight all processes have from `spread`
     _float_moved_on: bool = False  # float_inputs hold this block's outputs already
+
+    @property
+    def workers(self) -> int:
+        return MANY if self.ranks.deterministic else self.ranks.size
 
     @torch.no_grad()
     def widen_starved(self) -> None:
@@ -236,6 +247,10 @@ class Block:
                 pass
             finally:
                 hook.remove()
+        if len(self.share) < self.batches_in_all:
+            everywhere = torch.tensor([*counts, total], device=self.device)
+            self.ranks.sum([everywhere])
+            *counts, total = everywhere.tolist()
         return counts, total
 
     def narrow(self) -> None:
@@ -246,6 +261,12 @@ class Block:
                 self._memo.clear()  # it holds outputs for all tokens
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
+        for _, seen in self._observed(names, paired):
+            for name, inputs in seen.items():
+                visit(name, *inputs)
+
+    def _observed(self, names: Sequence[str], paired: bool) -> Iterator[tuple[int, dict[str, tuple[Tensor, ...]]]]:
+        """Yield, batch by batch, its number and what the named linears got: (x,), or (x, x_float) with `paired`."""
         if paired and self.float_inputs is None:
             raise RunError("paired observation needs an algorithm with float_stream.")
         if paired:
@@ -253,8 +274,7 @@ class Block:
         for number, (hidden, kwargs, mask) in enumerate(self.batches()):
             seen = self._inputs(names, hidden, kwargs, mask, number)
             if not paired:
-                for name, x in seen.items():
-                    visit(name, x)
+                yield number, {name: (x,) for name, x in seen.items()}
                 continue
             assert self.float_inputs is not None
             with self.original_weights():
@@ -265,7 +285,59 @@ class Block:
                     raise RunError(
                         f"{name}: quantized and float inputs differ in shape; routing differs between streams."
                     )
-                visit(name, x, original[name])
+            yield number, {name: (x, original[name]) for name, x in seen.items()}
+
+    def accumulate(
+        self, names: Sequence[str], make: Callable[[str], TotalT], *, paired: bool = False
+    ) -> dict[str, TotalT]:
+        ranks = self.ranks if len(self.share) < self.batches_in_all else Ranks.alone(self.ranks.deterministic)
+        sums = {name: Sums(ranks, self.batches_in_all, lambda name=name: make(name)) for name in names}  # type: ignore[misc]
+        for number, seen in self._observed(names, paired):
+            for name, sum_ in sums.items():
+                total = sum_.of(self.share[number])
+                if name in seen:
+                    total.add(*seen[name])
+        return {name: sums.pop(name).finish() for name in names}
+
+    def spread(self, tasks: Sequence[Task]) -> dict[str, QuantizedWeight]:
+        owners = assign([task.cost for task in tasks], self.ranks.size)
+        found: dict[str, QuantizedWeight] = {}
+        for task, owner in zip(tasks, owners, strict=True):
+            if owner == self.ranks.rank:
+                found |= task.work()
+        owner_of = {name: owner for task, owner in zip(tasks, owners, strict=True) for name in task.names}
+        self._agreed |= owner_of.keys()
+        return self._exchange(owner_of, found)
+
+    def agree(self, results: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+        """Return results that are the same on every process: what did not come from `spread` is taken from the first."""
+        rest = {name: 0 for name in results if name not in self._agreed}
+        return {**results, **self._exchange(rest, results)}
+
+    def _exchange(
+        self, owner_of: Mapping[str, int], found: Mapping[str, QuantizedWeight]
+    ) -> dict[str, QuantizedWeight]:
+        """Return the named weights, each from the process that owns it; their records come along."""
+        if self.ranks.size == 1 or not owner_of:
+            return {name: found[name] for name in owner_of}
+        mine = {name: found[name].to_tensors() for name, owner in owner_of.items() if owner == self.ranks.rank}
+        layouts = {
+            name: ({part: (tuple(t.shape), t.dtype, t.device.type) for part, t in tensors.items()}, found[name].config)
+            for name, tensors in mine.items()
+        }
+        told = self.ranks.gather((layouts, {name: self.records[name] for name in mine}))
+        results = {}
+        for name, owner in owner_of.items():
+            layout, config = told[owner][0][name]
+            self.records[name] = told[owner][1][name]
+            tensors = mine.get(name) or {
+                part: torch.empty(shape, dtype=dtype) for part, (shape, dtype, _) in layout.items()
+            }
+            there = {part: t.to(self.device).contiguous() for part, t in tensors.items()}
+            self.ranks.send(list(there.values()), owner)
+            home = {part: t.to(self.device if layout[part][2] != "cpu" else "cpu") for part, t in there.items()}
+            results[name] = QuantizedWeight.from_tensors(home, config)
+        return results
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
@@ -543,6 +615,8 @@ def make_block(
     float_inputs: Stream | None,
     device: torch.device,
     seed: int,
+    ranks: Ranks | None = None,
+    batches_in_all: int | None = None,
 ) -> Block:
     """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
 
@@ -563,6 +637,8 @@ def make_block(
         for stage in stages
     ]
     planned = [[group for group in stage if group] for stage in named]
+    ranks = ranks or Ranks.alone()
+    count = len(kwargs) if batches_in_all is None else batches_in_all
     return Block(
         index=index,
         name=name,
@@ -577,6 +653,9 @@ def make_block(
         kwargs=kwargs,
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
+        ranks=ranks,
+        share=ranks.share(count) if len(kwargs) < count else range(count),
+        batches_in_all=count,
     )
 
 

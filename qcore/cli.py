@@ -62,15 +62,18 @@ def main() -> NoReturn:
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
               help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Discard an unfinished run instead of resuming it.")
+@click.option("--deterministic", is_flag=True, help="Give the same bytes with any number of processes (torchrun).")
 @trust_option
 @json_option
 def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, as_json: bool, **settings: Any) -> None:
     """Quantize MODEL (a folder, a hub name, a model file, or `demo`) into a folder.
 
-    An interrupted run resumes when the same command is given again.
+    An interrupted run resumes when the same command is given again. Several GPUs or machines share a run that is started by
+    `torchrun --nproc-per-node N -m qcore quantize …`.
     """
     from . import api
     from .plugins import installed
+    from .ranks import Ranks, connect
 
     clash = next((pair.split("=")[0] for pair in options if pair.split("=")[0] in settings), None)
     if clash:
@@ -79,8 +82,10 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     plugins = installed()
     plugins.manager.register(progress)
     try:
-        with progress:
+        with connect(settings["device"]), progress:
             api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
+            if Ranks().rank > 0:
+                return
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True

@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from qcore import (
     Options,
     QuantConfig,
     QuantizedWeight,
+    Task,
     grid,
     hookimpl,
 )
@@ -53,7 +54,7 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device, with_cross: bool = False) -> None:
         self.sum = torch.zeros(columns, columns, device=device)
         self.cross = torch.zeros(columns, columns, device=device) if with_cross else None
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, X: Tensor, X_float: Tensor | None = None) -> None:
         """Add the tokens of X [tokens, in]; X_float are the same tokens in the float model."""
@@ -65,9 +66,13 @@ class Hessian:
             self.cross.addmm_(X_float.float().t(), X)
         self.tokens += X.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over batches."""
+        return [self.sum, self.tokens] if self.cross is None else [self.sum, self.tokens, self.cross]
+
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums."""
-        H, C, tokens = self.sum, self.cross, max(1, self.tokens)
+        H, C, tokens = self.sum, self.cross, max(1, int(self.tokens))
         for start in range(0, len(H), self.PANEL):
             stop = min(start + self.PANEL, len(H))
             H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
@@ -429,6 +434,7 @@ class Gptq(Algorithm):
     params: Params
     name = "gptq"
     description = "GPTQ: error-compensated rounding with a calibrated Hessian"
+    shares_calibration = True
 
     @property
     def float_stream(self) -> bool:
@@ -449,9 +455,8 @@ class Gptq(Algorithm):
         results: dict[str, QuantizedWeight] = {}
         for groups in self._rounds(block):
             hessians = self._hessians(block, [group[0] for group in groups])
-            found: dict[str, QuantizedWeight] = {}
-            for group in groups:
-                found |= self._quantize_group(block, group, hessians.get(group[0]))
+            found = block.spread(self._tasks(block, groups, hessians))
+            del hessians
             for name, weight in found.items():
                 block.replace(name, weight)
             results |= found
@@ -472,52 +477,76 @@ class Gptq(Algorithm):
             yield groups
 
     def _hessians(self, block: BlockContext, names: Sequence[str]) -> dict[str, Hessian]:
-        """Return H of each named linear that saw any token, from one replay."""
-        hessians: dict[str, Hessian] = {}
+        """Return H of each named linear, from one replay."""
 
-        def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
-            if name not in hessians:
-                hessians[name] = Hessian(X.shape[1], X.device, self.float_stream)
-            hessians[name].add(X, X_float)
+        def make(name: str) -> Hessian:
+            return Hessian(block.linears[name].weight.shape[1], block.device, self.float_stream)
 
-        block.observe(names, visit, paired=self.float_stream)
-        return hessians
+        return block.accumulate(names, make, paired=self.float_stream)
 
-    def _quantize_group(
-        self, block: BlockContext, group: tuple[str, ...], hessian: Hessian | None
-    ) -> dict[str, QuantizedWeight]:
-        """Quantize linears that share H stacked, once per distinct config."""
-        if hessian is None or hessian.tokens == 0:
-            return {name: self._plain(block, name, "no calibration token reached it") for name in group}
+    def _tasks(
+        self, block: BlockContext, groups: Sequence[tuple[str, ...]], hessians: Mapping[str, Hessian]
+    ) -> list[Task]:
+        """Cut the work into what can be done side by side: linears that share H are solved stacked, unless that leaves
+        processes of the run without work.
+        """
+        units = [
+            (group, [name for name in group if block.linears[name].config == config])
+            for group in groups
+            for config in dict.fromkeys(block.linears[name].config for name in group)
+        ]
+        if len(units) < block.workers:
+            units = [(group, [name]) for group, names in units for name in names]
+        inputs = {group: cache(partial(self._inputs, group, hessians[group[0]])) for group in groups}
+        tasks = []
+        for group, names in units:
+            rows = sum(len(block.linears[name].weight) for name in names)
+            columns = block.linears[names[0]].weight.shape[1]
+            work = partial(self._quantize_stacked, block, names, inputs[group])
+            tasks.append(Task(names, columns**2 * (rows + columns), work))
+        return tasks
+
+    def _inputs(self, group: tuple[str, ...], hessian: Hessian) -> tuple[Tensor, Tensor | None] | None:
+        """Return H and C of what linears get, or None when no token reached them."""
+        if not int(hessian.tokens):
+            return None
         H, C = hessian.finish()
         if not bool(torch.isfinite(H).all()):
             raise ModelError(f"the inputs of {group[0]} hold NaN or Inf: its activations overflow.")
+        return H, C
+
+    def _quantize_stacked(
+        self, block: BlockContext, names: Sequence[str], inputs: Callable[[], tuple[Tensor, Tensor | None] | None]
+    ) -> dict[str, QuantizedWeight]:
+        """Quantize linears that share H and a config."""
+        found = inputs()
+        if found is None:
+            return {name: self._plain(block, name, "no calibration token reached it") for name in names}
+        H, C = found
+        config = block.linears[names[0]].config
+        W = torch.cat([block.linears[name].weight.float() for name in names])
+        target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
+        _, quantize = solver_for(self.params.solver, target.device)
+        solution = solve(target, H, config, self.params, quantize)
+        if solution is None:
+            return {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
         results: dict[str, QuantizedWeight] = {}
-        for config in dict.fromkeys(block.linears[name].config for name in group):
-            names = [name for name in group if block.linears[name].config == config]
-            W = torch.cat([block.linears[name].weight.float() for name in names])
-            target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
-            _, quantize = solver_for(self.params.solver, target.device)
-            solution = solve(target, H, config, self.params, quantize)
-            if solution is None:
-                results |= {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
-                continue
-            start = 0
-            for name in names:
-                linear = block.linears[name]
-                rows = slice(start, start + len(linear.weight))
-                start = rows.stop
-                results[name] = QuantizedWeight(
-                    codes=solution.codes[rows].contiguous(),
-                    scales=solution.scales[rows].to(torch.float16).contiguous(),
-                    zeros=solution.zeros[rows].to(torch.int32).contiguous(),
-                    g_idx=solution.g_idx,
-                    config=config,
-                    bias=linear.bias,
-                )
-                block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
-                if solution.damp_percent != self.params.damp_percent:
-                    block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
+        start = 0
+        for name in names:
+            linear = block.linears[name]
+            rows = slice(start, start + len(linear.weight))
+            start = rows.stop
+            results[name] = QuantizedWeight(
+                codes=solution.codes[rows].contiguous(),
+                scales=solution.scales[rows].to(torch.float16).contiguous(),
+                zeros=solution.zeros[rows].to(torch.int32).contiguous(),
+                g_idx=solution.g_idx,
+                config=config,
+                bias=linear.bias,
+            )
+            block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
+            if solution.damp_percent != self.params.damp_percent:
+                block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
 
     def _plain(self, block: BlockContext, name: str, why: str, H: Tensor | None = None) -> QuantizedWeight:
