@@ -68,9 +68,6 @@ class BlockContext(Protocol):
     linears: Mapping[str, Linear]  # by full name, in order of use
     groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
     stages: Sequence[Sequence[tuple[str, ...]]]  # the same, those that run side by side (experts) in one
-    workers: (
-        int  # how many tasks `spread` can do at once, or, in a deterministic run, is to be given if there are so many
-    )
 
     @property
     def workers(self) -> int:
@@ -93,8 +90,11 @@ class BlockContext(Protocol):
         In a run of several processes it is the total over all of them. It is an empty one for a linear that no token reached.
         """
 
-    def spread(self, tasks: Sequence[Task]) -> dict[str, QuantizedWeight]:
-        """Do pieces of work that do not depend on each other, each on one of the run's processes; return the weights of all."""
+    def spread(self, tasks: list[Task]) -> dict[str, QuantizedWeight]:
+        """Do pieces of work that do not depend on each other, each on one of the run's processes; return the weights of all.
+
+        The list is emptied on the way, so that what a task holds goes when it is done.
+        """
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         """From now on, replays run this linear with its quantized weight."""
@@ -130,7 +130,10 @@ class BlockContext(Protocol):
         """
 
     def record(self, name: str, **facts: Any) -> None:
-        """Put facts about a linear into the report: error (relative), note (anything a user should know)."""
+        """Put facts about a linear into the report: error (relative), note (anything a user should know).
+
+        A number may be a tensor [] still being computed; it is read when the block is done.
+        """
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from .model import (
     FolderWeights,
     ModuleWeights,
     Names,
+    Weights,
     compute_dtype,
     load_float,
     load_quantized,
@@ -166,24 +167,10 @@ def quantize(
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
-    chosen = find_adapter(network, weights, plugins, place, adapter)
-    ranks = Ranks(deterministic)
-    job = Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=plan_linears(network, chosen, config, [Override.of(each) for each in overrides]),
-        device=place,
-        dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
-        seed=seed,
-        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-        ranks=ranks,
-    )
+    job = make_job(
+        network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
+        batch_size=batch_size, seed=seed, device=place, adapter=adapter, ranks=Ranks(deterministic),
+    )  # fmt: skip
 
     def float_model() -> nn.Module:
         if folder is None or (target is None and place.type == "cpu"):
@@ -197,18 +184,19 @@ def quantize(
     calibrates, source = algorithm.uses_calibration, identify(calibration)
     given = make_calibration() if calibrates and source is None else None  # in memory: every process has its own copy
     used = {"calibration": _calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
-    same_everywhere(ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
+    if job.ranks.size > 1:
+        same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
 
     def calibrate() -> Calibration:
         return given or make_calibration()
 
     if target is None:
         if calibrates:
-            job.calibration = ranks.first(calibrate)
+            job.calibration = job.ranks.first(calibrate)
         return _quantize_in_place(job, plugins, tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
-    journal = Journal(target, fresh, ranks)
+    journal = Journal(target, fresh, job.ranks)
     try:
         if calibrates:
             asked = {
@@ -224,6 +212,43 @@ def quantize(
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
     return target
+
+
+def make_job(
+    network: nn.Module,
+    weights: Weights,
+    folder: ModelFolder | None,
+    label: str,
+    algorithm: Algorithm,
+    config: QuantConfig,
+    plugins: Plugins,
+    *,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
+    seqlen: int,
+    batch_size: int | None,
+    seed: int,
+    device: torch.device,
+    adapter: str | ModelAdapter | None,
+    ranks: Ranks,
+) -> Job:
+    """Settle what a run does with each linear of a model, the calibration apart."""
+    chosen = find_adapter(network, weights, plugins, device, adapter)
+    return Job(
+        model=network,
+        weights=weights,
+        adapter=chosen,
+        algorithm=algorithm,
+        config=config,
+        linears=plan_linears(network, chosen, config, [Override.of(each) for each in overrides]),
+        device=device,
+        dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device),
+        seed=seed,
+        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if device.type == "cpu" else 16384) // seqlen),
+        calibration=None,
+        label=label,
+        blocks=chosen.find_blocks(network),
+        ranks=ranks,
+    )
 
 
 #: reports of runs of this process, which know the times that folders do not hold

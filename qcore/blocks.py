@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .config import QuantConfig
 from .errors import ModelError, RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
+from .packing import pack
 from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
 
@@ -200,6 +201,7 @@ class Block:
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+    _observing: int = 0  # the batch that `observe` shows, numbered among all
     _agreed: set[str] = field(default_factory=set)  # linears whose weight all processes have from `spread`
     _float_moved_on: bool = False  # float_inputs hold this block's outputs already
 
@@ -261,20 +263,16 @@ class Block:
                 self._memo.clear()  # it holds outputs for all tokens
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
-        for _, seen in self._observed(names, paired):
-            for name, inputs in seen.items():
-                visit(name, *inputs)
-
-    def _observed(self, names: Sequence[str], paired: bool) -> Iterator[tuple[int, dict[str, tuple[Tensor, ...]]]]:
-        """Yield, batch by batch, its number and what the named linears got: (x,), or (x, x_float) with `paired`."""
         if paired and self.float_inputs is None:
             raise RunError("paired observation needs an algorithm with float_stream.")
         if paired:
             self._source(float_stream=True)
         for number, (hidden, kwargs, mask) in enumerate(self.batches()):
+            self._observing = self.share[number]
             seen = self._inputs(names, hidden, kwargs, mask, number)
             if not paired:
-                yield number, {name: (x,) for name, x in seen.items()}
+                for name, x in seen.items():
+                    visit(name, x)
                 continue
             assert self.float_inputs is not None
             with self.original_weights():
@@ -285,28 +283,30 @@ class Block:
                     raise RunError(
                         f"{name}: quantized and float inputs differ in shape; routing differs between streams."
                     )
-            yield number, {name: (x, original[name]) for name, x in seen.items()}
+                visit(name, x, original[name])
 
     def accumulate(
         self, names: Sequence[str], make: Callable[[str], TotalT], *, paired: bool = False
     ) -> dict[str, TotalT]:
         ranks = self.ranks if len(self.share) < self.batches_in_all else Ranks.alone(self.ranks.deterministic)
-        sums = {name: Sums(ranks, self.batches_in_all, lambda name=name: make(name)) for name in names}  # type: ignore[misc]
-        for number, seen in self._observed(names, paired):
-            for name, sum_ in sums.items():
-                total = sum_.of(self.share[number])
-                if name in seen:
-                    total.add(*seen[name])
+        sums = {name: Sums(ranks, self.batches_in_all, partial(make, name)) for name in names}
+
+        def visit(name: str, *inputs: Tensor) -> None:
+            sums[name].of(self._observing).add(*inputs)
+
+        self.observe(names, visit, paired=paired)
         return {name: sums.pop(name).finish() for name in names}
 
-    def spread(self, tasks: Sequence[Task]) -> dict[str, QuantizedWeight]:
+    def spread(self, tasks: list[Task]) -> dict[str, QuantizedWeight]:
         owners = assign([task.cost for task in tasks], self.ranks.size)
-        found: dict[str, QuantizedWeight] = {}
-        for task, owner in zip(tasks, owners, strict=True):
-            if owner == self.ranks.rank:
-                found |= task.work()
         owner_of = {name: owner for task, owner in zip(tasks, owners, strict=True) for name in task.names}
         self._agreed |= owner_of.keys()
+        found: dict[str, QuantizedWeight] = {}
+        for owner in owners:
+            task = tasks.pop(0)
+            if owner == self.ranks.rank:
+                found |= task.work()
+            del task
         return self._exchange(owner_of, found)
 
     def agree(self, results: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
@@ -320,23 +320,27 @@ class Block:
         """Return the named weights, each from the process that owns it; their records come along."""
         if self.ranks.size == 1 or not owner_of:
             return {name: found[name] for name in owner_of}
-        mine = {name: found[name].to_tensors() for name, owner in owner_of.items() if owner == self.ranks.rank}
-        layouts = {
-            name: ({part: (tuple(t.shape), t.dtype, t.device.type) for part, t in tensors.items()}, found[name].config)
-            for name, tensors in mine.items()
-        }
-        told = self.ranks.gather((layouts, {name: self.records[name] for name in mine}))
+        mine = {name: _parts(found[name], self.device) for name, owner in owner_of.items() if owner == self.ranks.rank}
+        told = self.ranks.gather(
+            {
+                name: (
+                    {part: (t.shape, t.dtype) for part, t in parts.items()},
+                    found[name].config,
+                    {key: v.item() if isinstance(v, Tensor) else v for key, v in self.records[name].items()},
+                )
+                for name, parts in mine.items()
+            }
+        )
         results = {}
         for name, owner in owner_of.items():
-            layout, config = told[owner][0][name]
-            self.records[name] = told[owner][1][name]
-            tensors = mine.get(name) or {
-                part: torch.empty(shape, dtype=dtype) for part, (shape, dtype, _) in layout.items()
+            layout, config, self.records[name] = told[owner][name]
+            parts = mine.get(name) or {
+                part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()
             }
-            there = {part: t.to(self.device).contiguous() for part, t in tensors.items()}
-            self.ranks.send(list(there.values()), owner)
-            home = {part: t.to(self.device if layout[part][2] != "cpu" else "cpu") for part, t in there.items()}
-            results[name] = QuantizedWeight.from_tensors(home, config)
+            self.ranks.send(list(parts.values()), owner)
+            if "bias" in parts:
+                parts["bias"] = parts["bias"].cpu()
+            results[name] = found[name] if name in mine else QuantizedWeight.from_tensors(parts, config)
         return results
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
@@ -348,7 +352,7 @@ class Block:
 
     def acts_as(self, name: str, weight: QuantizedWeight) -> bool:
         """Whether replays run this linear with this weight."""
-        return name in self._final and self._final[name].equal(weight)
+        return name in self._final and (self._final[name] is weight or self._final[name].equal(weight))
 
     def finished_parts(self) -> list[str]:
         """Names of the finished linears, and of the children of the block in which every linear is finished."""
@@ -426,6 +430,7 @@ class Block:
 
         Raises RunError when they become NaN or Inf, naming the block.
         """
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: looking makes the host wait
         for number, kwargs in enumerate(self.kwargs):
             hidden = stream.hidden[number]
             inputs, arguments = hidden.to(self.device), _own(kwargs, self.device)
@@ -435,17 +440,17 @@ class Block:
             else:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
-            mask = self.masks[number]
-            if not bool(torch.isfinite(_tokens(output, mask)).all()):
-                raise RunError(
-                    f"the hidden states after block {self.name} hold NaN or Inf"
-                    f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
-                    "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
-                )
+            finite &= torch.isfinite(_tokens(output, self.masks[number])).all()
             if output.shape == hidden.shape and output.dtype == hidden.dtype:
                 hidden.copy_(output)  # a new tensor would outlive the temporary ones around it and splinter the heap
             else:
                 stream.hidden[number] = output.to(hidden.device)
+        if not bool(finite):
+            raise RunError(
+                f"the hidden states after block {self.name} hold NaN or Inf"
+                f"{'' if original else ' (quantized)'}; its activations overflow {stream.hidden[0].dtype}. "
+                "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
+            )
 
     @contextlib.contextmanager
     def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
@@ -521,6 +526,19 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1).to(x.device)]
     return x.reshape(-1, x.shape[-1])
+
+
+def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
+    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`."""
+    parts = {
+        "codes": pack(weight.codes, weight.bits),
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "g_idx": weight.g_idx,
+    }
+    if weight.bias is not None:
+        parts["bias"] = weight.bias
+    return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
 
 
 class _OriginalWeights:

@@ -122,16 +122,20 @@ class Sums(Generic[TotalT]):
 
     def __init__(self, ranks: Ranks, count: int, make: Callable[[], TotalT]) -> None:
         self.ranks, self.count, self.make = ranks, count, make
+        self.share = ranks.share(count)
         self.nodes: list[tuple[int, int, TotalT]] = []  # (first batch, how many, their total)
+        self.seen = self.share.start  # batches before it have their place in the nodes
 
     def of(self, number: int) -> TotalT:
-        """Return the total to add a batch to; batches come in order."""
+        """Return the total to add a batch to; batches come in order, and may be left out."""
         if not self.ranks.deterministic:
             if not self.nodes:
                 self.nodes.append((0, self.count, self.make()))
             return self.nodes[0][2]
-        _merge(self.nodes)
-        self.nodes.append((number, 1, self.make()))
+        while self.seen <= number:
+            _merge(self.nodes)
+            self.nodes.append((self.seen, 1, self.make()))
+            self.seen += 1
         return self.nodes[-1][2]
 
     def finish(self) -> TotalT:
@@ -140,6 +144,8 @@ class Sums(Generic[TotalT]):
             total = self.of(0)
             self.ranks.sum(total.tensors())
             return total
+        if self.share:
+            self.of(self.share.stop - 1)
         _merge(self.nodes)
         mine, nodes = {node[0]: node[2] for node in self.nodes}, []
         self.nodes = []

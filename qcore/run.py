@@ -7,6 +7,7 @@ everything is there is the output assembled, verified and renamed into place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -14,7 +15,9 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,9 +224,9 @@ def _activation_device(
 def quantize_blocks(
     job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
 ) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
-    """Walk the blocks; yield (index, quantized weights on the CPU, records) for each, resumed ones included.
+    """Walk the blocks; yield (index, quantized weights, records) for each, resumed ones included.
 
-    `finished` is told of every newly quantized block.
+    Without a journal the weights are on the CPU. `finished` is told of every newly quantized block.
     """
     modules = [module for _, module in job.blocks]
     captured = None
@@ -240,36 +243,90 @@ def quantize_blocks(
         )  # fmt: skip
         if job.algorithm.float_stream:
             float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
-    at_once = job.algorithm.blocks_at_once
-    for first in range(0, len(job.blocks), at_once):
-        indices = list(range(first, min(first + at_once, len(job.blocks))))
-        try:
-            for index in indices:
-                job.weights.bring(job.blocks[index][0], job.device, job.dtype)
-            block = _block_at(job, indices, captured, float_inputs, count)
-            restored = [journal.read_block(index) if journal else None for index in indices]
-            done = [each for each in restored if each is not None]
-            if len(done) < len(indices):
-                done = _quantize(job, block, indices)
+    at_once, heap = job.algorithm.blocks_at_once, 0
+    with _Behind(job, journal, finished) as behind:
+        for first in range(0, len(job.blocks), at_once):
+            indices = list(range(first, min(first + at_once, len(job.blocks))))
+            try:
+                for index in indices:
+                    job.weights.bring(job.blocks[index][0], job.device, job.dtype)
+                for index in range(indices[-1] + 1, min(indices[-1] + 1 + at_once, len(job.blocks))):
+                    job.weights.expect(job.blocks[index][0], job.device)
+                block = _block_at(job, indices, captured, float_inputs, count)
+                restored = [journal.read_block(index) if journal else None for index in indices]
+                done = [each for each in restored if each is not None]
+                if is_new := len(done) < len(indices):
+                    done = _quantize(job, block, indices)
                 for index, (results, records) in zip(indices, done, strict=True):
-                    if journal:
-                        journal.write_block(index, results, records)
-                    finished(index, records)
-            if captured is not None and indices[-1] + 1 < len(job.blocks):
-                if float_inputs is not None:
-                    block.float_outputs()
-                for linear, weight in (pair for results, _ in done for pair in results.items()):
-                    if not block.acts_as(linear, weight):
-                        block.replace(linear, weight)
-                block.advance(captured.stream)
-        finally:  # also of an interrupted run: a model in memory gets its own weights back
-            for index in indices:
-                job.weights.let_go(job.blocks[index][0])
-        del block, restored
-        _trim_heap()
-        for index, (results, records) in zip(indices, done, strict=True):
+                    behind.take(index, results, records, is_new)
+                if captured is not None and indices[-1] + 1 < len(job.blocks):
+                    if float_inputs is not None:
+                        block.float_outputs()
+                    for linear, weight in (pair for results, _ in done for pair in results.items()):
+                        if not block.acts_as(linear, weight):
+                            block.replace(linear, weight)
+                    block.advance(captured.stream)
+            finally:  # also of an interrupted run: a model in memory gets its own weights back
+                for index in indices:
+                    job.weights.let_go(job.blocks[index][0])
+            del block, restored, done, results
+            heap = _trim_heap(heap)
+            yield from behind.give()
+        yield from behind.give(all_of_them=True)
+
+
+class _Behind:
+    """Brings finished blocks to the host, packs and writes them on a thread of its own, while the next is quantized.
+
+    A GPU's run may be one block ahead of it, a CPU's not at all. An error there is raised by the next `give`; whatever ends the
+    run, what was taken is written first.
+    """
+
+    def __init__(
+        self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
+    ) -> None:
+        self.journal, self.finished = journal, finished
+        self.ahead = 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
+        self.stream: torch.cuda.Stream | None = None
+        if job.device.type == "cuda":
+            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
+        self.thread = ThreadPoolExecutor(1)
+        self.queue: deque[Future[_Finished]] = deque()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def take(
+        self, index: int, results: dict[str, QuantizedWeight], records: list[dict[str, Any]], is_new: bool
+    ) -> None:
+        """Take a block over; is_new: it was not read from the journal."""
+        ready = torch.cuda.current_stream(self.stream.device).record_event() if self.stream else None
+
+        def work() -> _Finished:
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                if self.stream and ready:
+                    self.stream.wait_event(ready)
+                if self.journal and is_new:
+                    self.journal.write_block(index, results, records)
+                    return index, results, records, is_new
+                return index, {name: weight.to("cpu") for name, weight in results.items()}, records, is_new
+
+        self.queue.append(self.thread.submit(work))
+
+    def give(self, all_of_them: bool = False) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+        """Yield the blocks that are written; wait for those it is too far behind with."""
+        ahead = 0 if all_of_them else self.ahead
+        while self.queue and (len(self.queue) > ahead or self.queue[0].done()):
+            index, results, records, is_new = self.queue.popleft().result()
+            if is_new:
+                self.finished(index, records)
             yield index, results, records
-        del done, results
+
+
+_Finished = tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]], bool]
 
 
 def share_of(job: Job, count: int) -> range:
@@ -311,11 +368,19 @@ def _block_at(
     )  # fmt: skip
 
 
-def _trim_heap() -> None:
-    """Hand a finished block's memory back to the system: what glibc keeps in pieces adds up over many blocks."""
+def _trim_heap(ceiling: int) -> int:
+    """Hand what glibc keeps in pieces of finished blocks back to the system once they have added up to a thirtieth.
+
+    ceiling: resident pages after the first block, 0 to measure; returned. Trimming after every block would let the next one
+    fault all its pages in anew, a tenth of a run's time.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim:
+    if not trim:
+        return 0
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if ceiling and pages > ceiling * 31 // 30:
         trim(0)
+    return ceiling or pages
 
 
 def _quantize(
@@ -353,9 +418,9 @@ def _quantize(
                 raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
             facts = {"name": name, "block": index, "shape": list(shape), **weight.config.model_dump()}
             facts["act_order"] = weight.act_order
-            records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
-        mine = {record["name"]: results[record["name"]].to("cpu") for record in records}
-        done.append((mine, records))
+            noted = {key: v.item() if isinstance(v, torch.Tensor) else v for key, v in block.records[name].items()}
+            records.append({**facts, "error": None, "seconds": seconds, **noted})
+        done.append(({record["name"]: results[record["name"]] for record in records}, records))
     return done
 
 

@@ -14,6 +14,7 @@ grids, are searched from memory by a kernel of their own. Importing this imports
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -357,6 +358,7 @@ def quantize_columns(
         )  # fmt: skip
 
 
+@cache
 def label() -> str:
     """What tells one version's results from another's: triton's, and the hash of this file."""
     return f"triton {triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
