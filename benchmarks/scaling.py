@@ -26,6 +26,7 @@ from gptq_speed import SHAPES, make_model
 
 import qcore
 from qcore import ranks, run
+from qcore.cli import parse_options
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -45,13 +46,17 @@ def work(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
         qcore.quantize(arguments.folder / "model", "gptq", calibration=tokens, samples=arguments.samples, seqlen=arguments.seqlen,
                        output=arguments.output, deterministic=arguments.deterministic, device=arguments.device,
-                       batch_size=arguments.batch_size)  # fmt: skip
+                       batch_size=arguments.batch_size, **parse_options(tuple(arguments.options)))  # fmt: skip
         whole = time.perf_counter() - start
         gpu = torch.cuda.is_available() and arguments.device != "cpu"
         peaks = group.gather(round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None)
     if group.rank == 0:
         steps = [round(b - a, 3) for a, b in pairwise(fetched)]
-        figures = {"block s": steps, "until block 0": round(fetched[0] - start, 2), "whole s": round(whole, 2)}
+        figures: dict[str, Any] = {
+            "block s": steps,
+            "until block 0": round(fetched[0] - start, 2),
+            "whole s": round(whole, 2),
+        }
         print("FIGURES", json.dumps({**figures, "peak GiB by rank": peaks}), flush=True)
 
 
@@ -63,10 +68,14 @@ def digest(folder: Path) -> str:
     return hasher.hexdigest()
 
 
-def launch(arguments: argparse.Namespace, folder: Path, processes: int, deterministic: bool) -> dict[str, Any]:
+#: what is run with each number of processes, and options of the command
+VARIANTS = {"as it is": [], "deterministic": ["--deterministic"], "not sequential": ["--set", "true_sequential=false"]}
+
+
+def launch(arguments: argparse.Namespace, folder: Path, processes: int, variant: str) -> dict[str, Any]:
     """Start a run of several processes and return what it printed."""
-    output = folder / f"out-{processes}-{deterministic}"
-    options = ["--folder", folder, "--output", output, *(["--deterministic"] if deterministic else [])]
+    output = folder / f"out-{processes}-{variant.replace(' ', '-')}"
+    options = ["--folder", folder, "--output", output, *VARIANTS[variant]]
     options += ["--samples", arguments.samples, "--seqlen", arguments.seqlen, "--device", arguments.device]
     options += ["--batch-size", arguments.batch_size]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, __file__, *options]
@@ -88,6 +97,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="where the models go")
     parser.add_argument("--deterministic", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--set", dest="options", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -103,24 +113,17 @@ def main() -> None:
             f"{arguments.shape}: {arguments.blocks} blocks of {size:.2f} GiB, {arguments.samples} x {arguments.seqlen} tokens",
             flush=True,
         )
-        for deterministic in (False, True):
+        for variant in VARIANTS:
             found = {}
             for count in arguments.processes:
-                found[count] = launch(arguments, Path(scratch), count, deterministic)
-                print(json.dumps({"processes": count, "deterministic": deterministic, **found[count]}), flush=True)
-            later = {count: min(figures.get("block s", [0])[-1:] or [0]) for count, figures in found.items()}
-            first = later[arguments.processes[0]]
+                found[count] = launch(arguments, Path(scratch), count, variant)
+                print(json.dumps({"processes": count, "variant": variant, **found[count]}), flush=True)
+            later = {count: figures["block s"][-1] for count, figures in found.items() if figures.get("block s")}
             print(
-                "speed-up:",
-                {count: round(first / seconds, 2) for count, seconds in later.items() if seconds},
-                flush=True,
+                "speed-up:", {count: round(next(iter(later.values())) / s, 2) for count, s in later.items()}, flush=True
             )
-            if deterministic:
-                print(
-                    "same bytes:",
-                    len({figures.get("digest", count) for count, figures in found.items()}) == 1,
-                    flush=True,
-                )
+            if variant == "deterministic":
+                print("same bytes:", len({figures.get("digest", count) for count, figures in found.items()}) == 1)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ class _Trials:
                 floats = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
         capture = seconds.lap()
         for index in indices:
+            job.weights.expect(job.blocks[index][0], job.device)
+        for index in indices:
             job.weights.bring(job.blocks[index][0], job.device, job.dtype)
         fetch = seconds.lap()
         try:
