@@ -271,17 +271,20 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device meant; "auto" is the first GPU, or the CPU.
+    """Return the device meant; "auto" is the current GPU, the first one unless a run of several processes gave out others, or
+    the CPU.
 
     Raises ConfigError for a device this machine has not.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
