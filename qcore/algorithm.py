@@ -46,7 +46,7 @@ class Total(Protocol):
         """Add the tokens of x [tokens, in_features]; with `paired` x, and the same tokens in the float model."""
 
     def tensors(self) -> Sequence[Tensor]:
-        """Return the sums themselves, all on one device: two totals are added up by adding these in place."""
+        """Return the sums themselves: two totals are added up by adding these in place."""
 
 
 TotalT = TypeVar("TotalT", bound=Total)

@@ -39,6 +39,7 @@ from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
+from .memory import parse_bytes, plan_room
 from .model import (
     FolderWeights,
     ModuleWeights,
@@ -74,6 +75,7 @@ from .run import (
     quantize_to_folder,
     renamed,
     same_everywhere,
+    shape_of,
 )
 from .weight import QuantizedWeight
 
@@ -109,6 +111,7 @@ def quantize(
     samples: int = 128,
     seqlen: int = 2048,
     batch_size: int | None = None,
+    max_memory: int | str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     tokenizer: Any = None,
@@ -129,7 +132,8 @@ def quantize(
     algo: an algorithm's name or an Algorithm object; its own options go in as further keywords.
     bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
     calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
-        pass (None: chosen by size). seed: for everything random.
+        pass (None: chosen by size). max_memory: bytes of the device to use, or "4GiB": smaller batches, hidden states kept on the
+        host or the disk. When memory runs out all the same, batches are halved. seed: for everything random.
     device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
     deterministic: give the same bytes whatever the number of processes (docs/scaling.md).
@@ -148,7 +152,7 @@ def quantize(
     target = None if output is None else Path(output)
     if target is not None:
         check_output(target)
-    place = pick_device(device)
+    place, limit = pick_device(device), parse_bytes(max_memory)
     folder = None
     if isinstance(model, nn.Module):
         if target is not None:
@@ -169,7 +173,8 @@ def quantize(
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     job = make_job(
         network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
-        batch_size=batch_size, seed=seed, device=place, adapter=adapter, ranks=Ranks(deterministic),
+        batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
+        ranks=Ranks(deterministic),
     )  # fmt: skip
 
     def float_model() -> nn.Module:
@@ -224,26 +229,35 @@ def make_job(
     plugins: Plugins,
     *,
     overrides: Sequence[Override | str | Mapping[str, Any]],
+    tokens: int,
     seqlen: int,
     batch_size: int | None,
+    limit: int | None,
     seed: int,
     device: torch.device,
     adapter: str | ModelAdapter | None,
     ranks: Ranks,
 ) -> Job:
-    """Settle what a run does with each linear of a model, the calibration apart."""
+    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
+
+    limit: bytes of the device's memory to use, or None.
+    """
     chosen = find_adapter(network, weights, plugins, device, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device)
+    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
+    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
     return Job(
         model=network,
         weights=weights,
         adapter=chosen,
         algorithm=algorithm,
         config=config,
-        linears=plan_linears(network, chosen, config, [Override.of(each) for each in overrides]),
+        linears=linears,
         device=device,
-        dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device),
+        dtype=dtype,
         seed=seed,
-        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if device.type == "cpu" else 16384) // seqlen),
+        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
         calibration=None,
         label=label,
         blocks=chosen.find_blocks(network),
@@ -295,6 +309,13 @@ def _fits(folder: ModelFolder, device: torch.device) -> bool:
     if device.type == "cuda":
         return size <= torch.cuda.get_device_properties(device).total_memory / 2
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:
+    """The width of hidden states and that of the widest linear's output."""
+    widest = max((shape_of(model.get_submodule(name))[0] for name in linears), default=0)
+    hidden = getattr(model.config, "hidden_size", None)
+    return (hidden if isinstance(hidden, int) else widest), widest
 
 
 def _longest(model: nn.Module) -> int | None:

@@ -61,14 +61,25 @@ class Ranks:
         if self.size > 1:
             with self._talking():
                 for tensor in tensors:
-                    dist.all_reduce(tensor)
+                    with self._there(tensor) as there:
+                        dist.all_reduce(there)
 
     def send(self, tensors: Sequence[Tensor], source: int) -> None:
         """Copy tensors from one process into those, of the same shapes and dtypes, of all others."""
         if self.size > 1:
             with self._talking():
                 for tensor in tensors:
-                    dist.broadcast(tensor, source)
+                    with self._there(tensor) as there:
+                        dist.broadcast(there, source)
+
+    @contextlib.contextmanager
+    def _there(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Give a tensor where the group can reach it: a group of NCCL alone, made by the caller, reaches GPUs only."""
+        far = dist.get_backend() == "nccl" and not tensor.is_cuda
+        there = tensor.cuda() if far else tensor
+        yield there
+        if far:
+            tensor.copy_(there)
 
     def gather(self, value: T) -> list[T]:
         """Return the small value that each process has, by rank."""

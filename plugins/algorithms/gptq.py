@@ -56,7 +56,7 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device, with_cross: bool = False) -> None:
         self.sum = torch.zeros(columns, columns, device=device)
         self.cross = torch.zeros(columns, columns, device=device) if with_cross else None
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64)  # on the host, which counts ahead of a GPU
 
     def add(self, X: Tensor, X_float: Tensor | None = None) -> None:
         """Add the tokens of X [tokens, in]; X_float are the same tokens in the float model."""
@@ -162,20 +162,50 @@ def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
     return A
 
 
-def invert_lower_(L: Tensor, strips: int = 4) -> Tensor:
-    """Invert a lower triangular L [n, n] in place, by halves: nearly all of it is matrix products.
+LEAF = 128  # rows of a triangle that is solved rather than halved
+
+
+def invert_lower_(L: Tensor) -> Tensor:
+    """Invert a lower triangular L [n, n] in place, from small blocks on its diagonal to ever larger ones.
+
+    Nearly all of it is matrix products; those of one size run together while they are small.
+    """
+    n = len(L)
+    eye = torch.eye(min(LEAF, n), dtype=L.dtype, device=L.device)
+    whole = n // LEAF
+    if whole:
+        leaves = _squares(L, 0, 0, LEAF, LEAF, whole)
+        leaves.copy_(torch.linalg.solve_triangular(leaves, eye, upper=False))
+    if n % LEAF:
+        rest = L[whole * LEAF :, whole * LEAF :]
+        rest.copy_(torch.linalg.solve_triangular(rest, eye[: len(rest), : len(rest)], upper=False))
+    size = LEAF
+    while size < n:
+        pairs = n // (2 * size) if size <= 8 * LEAF else 0
+        if pairs:
+            A, B, D = (_squares(L, *corner, size, 2 * size, pairs) for corner in ((0, 0), (size, 0), (size, size)))
+            B.copy_((D @ B).neg_() @ A)
+        for start in range(pairs * 2 * size, n - size, 2 * size):
+            _join_(L[start : start + 2 * size, start : start + 2 * size], size)
+        size *= 2
+    return L
+
+
+def _squares(L: Tensor, row: int, column: int, size: int, step: int, count: int) -> Tensor:
+    """Return a view [count, size, size] of L: the square at (row, column), and those `step` further down and right each."""
+    down, right = L.stride()
+    begin = L.storage_offset() + row * down + column * right
+    return L.as_strided((count, size, size), (step * (down + right), down, right), begin)
+
+
+def _join_(L: Tensor, half: int, strips: int = 4) -> Tensor:
+    """Invert a lower triangular L [n, n] in place whose two blocks of `half` and the rest on the diagonal are inverted already.
 
     Products with a triangle are made in strips, which leave out most of its zeros.
     """
-    n = len(L)
-    if n <= 128:
-        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
-    half = n // 2
-    A, B, D = invert_lower_(L[:half, :half]), L[half:, :half], invert_lower_(L[half:, half:])
-    width = -(-n // (2 * strips))
-    for start in reversed(
-        range(0, n - half, width)
-    ):  # B = -D B, the last rows first: they need all others as they were
+    A, B, D = L[:half, :half], L[half:, :half], L[half:, half:]
+    width = -(-half // strips)
+    for start in reversed(range(0, len(D), width)):  # B = -D B, the last rows first: they need all others as they were
         stop = start + width
         B[start:stop] = (D[start:stop, :stop] @ B[:stop]).neg_()
     for start in range(0, half, width):  # B = B A

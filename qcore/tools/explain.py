@@ -17,6 +17,7 @@ from ..api import DEFAULT_ALGORITHM, _algorithm, _longest, make_job, pick_device
 from ..checkpoint import FolderExporter, ModelFolder, ShardWriter, check_output, resolve_model
 from ..config import Override, QuantConfig
 from ..exporter import Exporter
+from ..memory import parse_bytes
 from ..model import FolderWeights, Names, _get, skeleton, stored_dtype
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
@@ -36,6 +37,7 @@ def explain(
     samples: int = 128,
     seqlen: int = 2048,
     batch_size: int | None = None,
+    max_memory: int | str | None = None,
     seed: int = 0,
     adapter: str | ModelAdapter | None = None,
     device: str | torch.device = "auto",
@@ -71,7 +73,8 @@ def explain(
     seqlen = min(seqlen, _longest(network) or seqlen)
     job = make_job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
-        seqlen=seqlen, batch_size=batch_size, seed=seed, device=place, adapter=adapter, ranks=Ranks.alone(),
+        tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,
+        adapter=adapter, ranks=Ranks.alone(),
     )  # fmt: skip
     plan = _static(job, folder, samples * seqlen)
     if format is not None:

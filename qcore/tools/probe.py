@@ -10,24 +10,23 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import blocks as walk
 from ..calibration import Calibration, TokenSequence
 from ..checkpoint import ModelFolder
 from ..exporter import Content, Exporter
+from ..memory import limited
 from ..model import FolderWeights
-from ..run import Job, Journal, _activation_device, _block_at, _quantize, capture_inputs, journal_content, shape_of
+from ..run import Job, Journal, _Inputs, _move_on, _quantize, _Work, journal_content, shape_of
 
 #: a trial of one batch that takes longer than this many seconds is not repeated, and the longer one is of two batches
 PATIENCE = 10.0
 #: batches of the longer trial at most
 BATCHES = 8
-
-Batches = list[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass
@@ -53,33 +52,33 @@ def probe(
 
     scratch: a folder on the disk that the run would write to, or None.
     """
-    batches = random_calibration(job, samples, seqlen).batches(job.batch_size) if job.algorithm.uses_calibration else []
+    calibration = random_calibration(job, samples if job.algorithm.uses_calibration else 0, seqlen)
     parts: dict[str, float] = {"capture": 0, "fetch": 0, "quantize": 0, "keep": 0, "write": 0}
     memory = {"gpu": 0, "host": 0}
     on_gpu = job.device.type == "cuda"
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".qcore-probe-") as place:
-        trial = _Trials(job, folder, exporter, batches, Path(place))
-        parts["write"] += trial.write_floats()
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".qcore-probe-") as place, limited(job.device, job.room.limit):
+        trials = _Trials(job, folder, exporter, calibration, Path(place))
+        batches = trials.batches
+        parts["write"] += trials.write_floats()
         for indices, times in _kinds(job):
-            few, many = trial.two(indices)
+            few, many = trials.two(indices)
             slope = (many.quantize - few.quantize) / max(1, many.batches - few.batches)
-            quantize = many.quantize + max(0.0, slope) * (len(batches) - many.batches)
-            parts["capture"] = many.capture * len(batches) / max(1, many.batches)
+            quantize = many.quantize + max(0.0, slope) * (batches - many.batches)
+            parts["capture"] = many.capture * batches / max(1, many.batches)
             parts["quantize"] += times * quantize
             parts["write"] += times * many.write
             for part, seconds in (("fetch", many.fetch), ("keep", many.keep)):  # beside the work of a GPU
                 parts[part] += times * max(0.0, seconds - (quantize if on_gpu else 0))
-            hidden, memo = _growth(many, len(batches))
-            memory["gpu"] = max(memory["gpu"], many.gpu + memo + (0 if trial.on_host else hidden))
-            memory["host"] = max(
-                memory["host"], many.host + (hidden if trial.on_host or not on_gpu else 0) + (0 if on_gpu else memo)
-            )
+            hidden, memo = _growth(many, batches, job.room.memo_bytes)
+            beside = hidden if trials.on_host else 0  # a GPU
+            memory["gpu"] = max(memory["gpu"], many.gpu + memo + hidden - beside)
+            memory["host"] = max(memory["host"], many.host + (beside if on_gpu else hidden + memo))
     return {
         "seconds": sum(parts.values()),
         "parts": parts,
         "gpu_memory": memory["gpu"] if on_gpu else 0,
         "host_memory": memory["host"],
-        "batches": len(batches),
+        "batches": batches,
     }
 
 
@@ -101,73 +100,62 @@ def _kinds(job: Job) -> list[tuple[list[int], float]]:
     return [(indices[:at_once], len(indices) / len(indices[:at_once])) for indices in kinds.values()]
 
 
-def _growth(trial: Trial, batches: int) -> tuple[int, int]:
-    """Bytes that the hidden states and the outputs kept between replays take more with all batches."""
+def _growth(trial: Trial, batches: int, memo_bytes: int) -> tuple[int, int]:
+    """Bytes that hidden states take more with all batches, and outputs kept between replays, which memo_bytes limits."""
     if not trial.batches:
         return 0, 0
     hidden = trial.hidden * batches // trial.batches - trial.hidden
-    return hidden, max(0, min(walk.MEMO_BYTES, trial.memo * batches // trial.batches) - trial.memo)
+    return hidden, max(0, min(memo_bytes, trial.memo * batches // trial.batches) - trial.memo)
 
 
 class _Trials:
     """Tries blocks of a job; what they write goes to `place`."""
 
-    def __init__(self, job: Job, folder: ModelFolder, exporter: Exporter, batches: Batches, place: Path) -> None:
-        self.job, self.folder, self.exporter, self.batches, self.place = job, folder, exporter, batches, place
-        self.on_host = job.algorithm.keep_on_host
-        if batches and job.device.type == "cuda" and not self.on_host:
-            self.on_host = _activation_device(job.model, batches, job.device, job.dtype).type == "cpu"
+    def __init__(
+        self, job: Job, folder: ModelFolder, exporter: Exporter, calibration: Calibration, place: Path
+    ) -> None:
+        self.job, self.folder, self.exporter, self.calibration, self.place = job, folder, exporter, calibration, place
+        self.batches = len(calibration.batches(job.batch_size)) if calibration.sequences else 0
+        self.on_host = job.algorithm.keep_on_host or job.room.keep != "device"
 
     def two(self, indices: Sequence[int]) -> tuple[Trial, Trial]:
         """Try blocks with one batch and with several (or twice without any)."""
-        few = self.once(indices, min(1, len(self.batches)))
+        few = self.once(indices, min(1, self.batches))
         patient = few.quantize < PATIENCE
         if patient:  # what is compiled and allocated for the first time is no part of the line
             few = self.once(indices, few.batches)
-        more = min(len(self.batches), max(2, min(BATCHES, int(PATIENCE / max(few.quantize, 1e-9)))))
+        more = min(self.batches, max(2, min(BATCHES, int(PATIENCE / max(few.quantize, 1e-9)))))
         return few, self.once(indices, more) if more > few.batches else few
 
     def once(self, indices: Sequence[int], count: int) -> Trial:
         """Try blocks with `count` batches."""
         job, seconds = self.job, _Stopwatch(self.job.device)
         _reset_peaks(job.device)
-        captured = floats = None
-        if count:
-            adapter, modules = job.adapter, [module for _, module in job.blocks]
-            captured = capture_inputs(job.model, job.weights, adapter.blocks, adapter.before_blocks, modules,
-                                      self.batches[:count], job.device, job.dtype, self.on_host)  # fmt: skip
-            if job.algorithm.float_stream:
-                floats = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
+        sequences = self.calibration.sequences[: count * job.batch_size]
+        inputs = _Inputs(job, Calibration(sequences)) if count else None
         capture = seconds.lap()
         for index in indices:
             job.weights.expect(job.blocks[index][0], job.device)
-        for index in indices:
-            job.weights.bring(job.blocks[index][0], job.device, job.dtype)
-        fetch = seconds.lap()
         try:
-            block = _block_at(job, indices, captured, floats, count)
-            done = _quantize(job, block, indices)
-            memo = walk.MEMO_BYTES - block.memo_bytes
-            if captured is not None:
-                if floats is not None:
-                    block.float_outputs()
-                for name, weight in (pair for results, _ in done for pair in results.items()):
-                    if not block.acts_as(name, weight):
-                        block.replace(name, weight)
-                block.advance(captured.stream)
+            work = _Work(job, indices, inputs)
+            fetch = seconds.lap()
+            done = work.attempt(partial(_quantize, job, indices=indices))
+            memo = job.room.memo_bytes - work.block.memo_bytes
+            if inputs is not None:
+                _move_on(inputs, {name: weight for results, _ in done for name, weight in results.items()}, work.block)
         finally:
             for index in indices:
                 job.weights.let_go(job.blocks[index][0])
-        del block
+        del work
         quantize = seconds.lap()
         journal = Journal(self.place / "out", fresh=True)
         for index, (results, records) in zip(indices, done, strict=True):
             journal.write_block(index, results, records)
         keep = seconds.lap()
         gpu = torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
-        streams = [stream.hidden for stream in (captured and captured.stream, floats) if stream]
-        hidden = sum(each.numel() * each.element_size() for stream in streams for each in stream)
-        del captured, floats
+        streams = [inputs.captured.stream, inputs.float_inputs] if inputs is not None else []
+        hidden = sum(each.numel() * each.element_size() for stream in streams if stream for each in stream.hidden)
+        del inputs, streams
         location = {name: index for index, (results, _) in zip(indices, done, strict=True) for name in results}
         records = [record for _, records in done for record in records]
         del done, results

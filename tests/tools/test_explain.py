@@ -130,13 +130,13 @@ def test_a_trial_tells_time_and_memory_and_leaves_nothing(sparse, tmp_path, algo
 
 
 def test_more_batches_take_more_memory_up_to_what_is_kept_between_replays():
-    from qcore.blocks import MEMO_BYTES
+    from qcore.memory import MEMO_BYTES
     from qcore.tools.probe import Trial, _growth
 
     trial = Trial(2, 0, 0, 0, 0, 0, gpu=0, host=0, hidden=200, memo=MEMO_BYTES // 4)
-    assert _growth(trial, 2) == (0, 0)
-    assert _growth(trial, 5) == (300, MEMO_BYTES // 4 * 5 // 2 - MEMO_BYTES // 4)
-    assert _growth(trial, 100) == (9800, MEMO_BYTES - MEMO_BYTES // 4)
+    assert _growth(trial, 2, MEMO_BYTES) == (0, 0)
+    assert _growth(trial, 5, MEMO_BYTES) == (300, MEMO_BYTES // 4 * 5 // 2 - MEMO_BYTES // 4)
+    assert _growth(trial, 100, MEMO_BYTES) == (9800, MEMO_BYTES - MEMO_BYTES // 4)
 
 
 def test_the_dry_run_prints_the_plan_and_needs_no_output(sparse, tmp_path):
