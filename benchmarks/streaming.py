@@ -76,6 +76,12 @@ def make_model(folder: Path, arguments: argparse.Namespace) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
 
 
+def tell(index: int, seconds: float, host: int, gpu: int) -> None:
+    """Print a block's figures."""
+    on_gpu = f", {gpu / 2**30:6.2f} GiB GPU" if gpu else ""
+    print(f"block {index:3}: {seconds:7.1f} s, peak {host / 2**30:6.2f} GiB host{on_gpu}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=6)
@@ -99,6 +105,8 @@ def main() -> None:
     def block_at(*inputs: Any) -> Any:
         gpu = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0
         marks.append((time.perf_counter(), _peak(), gpu))
+        if len(marks) > 1:
+            tell(len(marks) - 2, marks[-1][0] - marks[-2][0], *marks[-1][1:])
         _reset_peaks(place)
         return original(*inputs)
 
@@ -115,11 +123,6 @@ def main() -> None:
         qcore.quantize(f"{scratch}/model", arguments.algo, calibration=tokens, samples=arguments.samples, seqlen=arguments.seqlen,
                        device=arguments.device, output=f"{scratch}/out", **options)  # fmt: skip
         whole = time.perf_counter() - start
-    for index in range(len(marks) - 1):
-        (before, _, _), (after, host, gpu) = marks[index], marks[index + 1]
-        print(
-            f"block {index:3}: {after - before:7.1f} s, peak {host / 2**30:6.2f} GiB host{f', {gpu / 2**30:6.2f} GiB GPU' if gpu else ''}"
-        )
     print(f"whole: {whole:.1f} s; peak while the output was written {_peak() / 2**30:.2f} GiB")
 
 
