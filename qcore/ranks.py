@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from .algorithm import Total
 from .errors import BackendError, ConfigError, QcoreError, RunError
@@ -240,6 +239,8 @@ def connect(device: str) -> Iterator[None]:
         raise BackendError(
             f"this torch has no {'NCCL' if dist.is_available() else 'torch.distributed'}: {torch.__version__}."
         )
+    from torch.distributed.rendezvous import rendezvous  # a torch without torch.distributed has it not
+
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a lost process is an error here, not an abort
     timeout = timedelta(seconds=_timeout())
     try:
