@@ -73,12 +73,15 @@ def test_the_scripts_run(llama_folder, tmp_path, monkeypatch, capsys):
     script("perplexity").main()
     assert "PPL = " in capsys.readouterr().out
     assert [len(chunk) for chunk in json.loads((tmp_path / "tokens.json").read_text())] == [32, 32]
-    arguments = ["generation_speed.py", out, "--float", llama_folder, "--new-tokens", 3, "--num-beams", 1, 2]
+    arguments = ["generation_speed.py", out, "--reference", llama_folder, "--new-tokens", 3, "--prompt-tokens", 5,
+                 "--num-beams", 1, 2, "--no-fast"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     script("generation_speed").main()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 2
-    assert all(float(cell) > 0 for row in rows for cell in row.split()[-2:])
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        (str(model), beams) for model in (llama_folder, out) for beams in "12"
+    ]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
 
 
 def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch, capsys):
