@@ -179,7 +179,7 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
         workspace, size = buffer.data_ptr(), buffer.numel()
     # In a graph the kernel may read weights while the one before it still runs. Outside it may not: that one may be what
     # writes them, when a layer is used right after it was prepared or copied.
-    flags = OVERLAP if m <= DECODE_MAX and torch.cuda.is_current_stream_capturing() else 0
+    flags = OVERLAP if m <= DECODE_MAX and x.is_cuda and torch.cuda.is_current_stream_capturing() else 0
     status = native.call(
         "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k, group_size, asym, rows.data_ptr(), stride,
         packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, flags, stream,
