@@ -56,11 +56,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="of --shape")
     parser.add_argument("--group-size", type=int, default=128, help="of --shape")
     parser.add_argument(
-        "--reference", help="fp16, bf16, fp32: the first model with float weights; or another float model"
+        "--reference", "--float", help="fp16, bf16, fp32: the first model with float weights; or another float model"
     )
-    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", "--max_new_tokens", type=int, default=512)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--num-beams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--num-beams", "--num_beams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
