@@ -32,19 +32,20 @@ MODEL_SHAPES = {
 
 
 def shape_openers(options: argparse.Namespace) -> list:
-    """What --shape compares: the reference's float weights, then the grid asked for, in a model of random weights."""
+    """What --shape compares: the reference, then the backend, either of which may be fp16, bf16 or fp32: float weights."""
     config = QuantConfig(bits=options.bits, group_size=options.group_size)
-    dtype = getattr(torch, options.dtype or "float16")
-    settings = {
-        **MODEL_SHAPES[options.shape],
-        **({"num_hidden_layers": options.layers} if options.layers else {}),
-    }
-    make = partial(bench.random_model, settings, config, dtype=dtype, device=options.device, fast=options.fast)
-    openers = [(f"{options.shape}, {config}", partial(make, backend=options.backend))]
-    if options.reference:
-        float_dtype = next(each for each, name in bench.SHORT_NAMES.items() if name == options.reference)
-        opener = partial(make, backend=bench.FloatBackend(float_dtype), dtype=float_dtype)
-        openers.insert(0, (f"{options.shape}, {options.reference}", opener))
+    settings = {**MODEL_SHAPES[options.shape]}
+    if options.layers:
+        settings["num_hidden_layers"] = options.layers
+    openers = []
+    for name in filter(None, (options.reference, options.backend)):
+        dtype = next((each for each, short in bench.SHORT_NAMES.items() if short == name), None)
+        kind = {
+            "backend": bench.FloatBackend(dtype) if dtype else name,
+            "dtype": dtype or getattr(torch, options.dtype or "float16"),
+        }
+        opener = partial(bench.random_model, settings, config, device=options.device, fast=options.fast, **kind)
+        openers.append((f"{options.shape}, {name if dtype else config}", opener))
     return openers
 
 

@@ -179,6 +179,7 @@ class _Step:
         self.mask = torch.ones(rows, length, dtype=torch.long, device=device)  # 0 for padding; of the future 1
         self._takes_positions = "position_ids" in accepted
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.likeliest = torch.zeros(rows, dtype=torch.long, device=device)  # token of each row, for greedy search
         self.order = torch.arange(rows, device=device)
         self.cache.reorder_cache = self.reorder  # in place: a captured step knows the tensors by their addresses
         self._run: Callable[[], Tensor | None] = self._eager
@@ -203,6 +204,7 @@ class _Step:
     def _eager(self) -> Tensor:
         logits = self._forward(self.ids, self.positions)
         self.positions.add_(1)
+        self.likeliest.copy_(logits.argmax(-1))
         return logits
 
     def _reorder_eagerly(self) -> None:
@@ -307,31 +309,41 @@ class _Later:
         return bool(self.host)
 
 
+def _chosen(scores: Tensor, sample: bool) -> Tensor:
+    """Return a token [rows] for scores [rows, vocabulary]."""
+    return torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1) if sample else scores.argmax(-1)
+
+
 def _sample(
     step: _Step, logits: Tensor, prompt: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
     streamer: Any,
 ) -> Tensor:  # fmt: skip
     """Greedy search or sampling: what transformers' `_sample` computes, token by token from the logits of a step."""
+    from transformers import MaxLengthCriteria
+
     rows, start = prompt.shape
-    end, pad = generation_config.max_length, generation_config._pad_token_tensor
+    lengths = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
+    end, pad = min([generation_config.max_length, *lengths]), generation_config._pad_token_tensor
     pads = pad is not None and any(hasattr(each, "eos_token_id") for each in stopping_criteria)
+    ends = len(lengths) < len(stopping_criteria)  # maybe before that length
+    simple = not generation_config.do_sample and not logits_processor  # the step has found the tokens already
     ids = torch.cat([prompt, prompt.new_zeros(rows, max(0, end - start))], 1)
     running = torch.ones(rows, dtype=torch.bool, device=prompt.device)
     news: deque[tuple[int, _Later]] = deque()
     lag = LAG if streamer is None else 0
     length = start
     while length < end:
-        scores = logits_processor(ids[:, :length], logits)
-        if generation_config.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
+        if simple and length > start:
+            tokens = step.likeliest
         else:
-            tokens = scores.argmax(-1)
+            tokens = _chosen(logits_processor(ids[:, :length], logits), generation_config.do_sample)
         ids[:, length] = torch.where(running, tokens, pad) if pads else tokens
         length += 1
         if streamer is not None:
             streamer.put(ids[:, length - 1].cpu())
-        running = running & ~stopping_criteria(ids[:, :length], None)
-        news.append((length, _Later(running.any())))
+        if ends:
+            running = running & ~stopping_criteria(ids[:, :length], None)
+            news.append((length, _Later(running.any())))
         if len(news) > lag:
             if not news[0][1]:
                 break

@@ -24,7 +24,6 @@ MAX_ROWS, MAX_COLUMNS = 1 << 24, 1 << 20  # of a weight: the limits of the C ABI
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
 
 AUTO, WGMMA = 0, 3  # values of qc_matmul's `kernel`
-OVERLAP = 1  # of qc_matmul's `flags`
 DECODE_MAX = 16  # tokens up to which every kernel that AUTO takes does without a workspace
 NARROW_MAX = 32  # tokens that 2 and 3 bits are compiled for; beyond, the weight is made and torch multiplies
 # Where there is no wgmma: tokens up to which the mma.sync kernels are used. Beyond, making the weight for torch to multiply
@@ -177,12 +176,9 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
     if m > DECODE_MAX and bits >= 4:
         buffer = _workspace(device, stream)
         workspace, size = buffer.data_ptr(), buffer.numel()
-    # In a graph the kernel may read weights while the one before it still runs. Outside it may not: that one may be what
-    # writes them, when a layer is used right after it was prepared or copied.
-    flags = OVERLAP if m <= DECODE_MAX and x.is_cuda and torch.cuda.is_current_stream_capturing() else 0
     status = native.call(
         "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k, group_size, asym, rows.data_ptr(), stride,
-        packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, flags, stream,
+        packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, 0, stream,
         accept=native.BAD_VARIANT if kernel == WGMMA else 0,
     )  # fmt: skip
     if status == native.BAD_VARIANT:

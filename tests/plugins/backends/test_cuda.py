@@ -208,7 +208,6 @@ def test_the_functions_are_those_of_the_header():
     assert f"#define QC_CUDA_ABI {CUDA.abi}\n" in header
     assert f"QC_BAD_VARIANT = {native.BAD_VARIANT}," in header
     assert f"QC_AUTO = {cuda.AUTO}," in header
-    assert f"QC_OVERLAP = {cuda.OVERLAP} " in header
     assert f"QC_WGMMA = {cuda.WGMMA} " in header
 
 
