@@ -14,7 +14,7 @@ _HOMES = {
     "adapter": ("ModelAdapter",),
     "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams", "Task", "Total"),
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
-    "backend": ("Backend", "MatmulSpec"),
+    "backend": ("Backend", "MatmulSpec", "speed_at"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
     "tools.checking": ("check",),
     "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .api import save as save
     from .backend import Backend as Backend
     from .backend import MatmulSpec as MatmulSpec
+    from .backend import speed_at as speed_at
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
     from .checkpoint import FolderExporter as FolderExporter

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .adapter import ModelAdapter
 from .algorithm import Algorithm
+from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import (
     PROVENANCE,
@@ -39,6 +40,7 @@ from .errors import CheckpointError, ConfigError, ModelError, QcoreError, sugges
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
+from .fast import accelerate
 from .linear import QuantLinear, replace_module
 from .memory import parse_bytes, plan_room
 from .model import (
@@ -495,32 +497,38 @@ def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter
 def load(
     model: str | Path,
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     device_map: Any = None,
+    fast: bool = False,
+    tokens: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
 ) -> Any:
     """Open a quantized folder or hub repository as an ordinary transformers model.
 
-    backend: a backend's name, or "auto": the highest-ranked one that can serve each layer. dtype: of activations and of
+    backend: a backend's name, a Backend object, or "auto": the fastest that can serve each layer; the
+    environment variable QCORE_BACKEND says what "auto" means. dtype: of activations and of
     what is not quantized (None: as stored; float32 in place of half types on a CPU). device_map: as in accelerate.
+    fast: generate by a compiled step, captured as a CUDA graph on a GPU, and multiply linears of one input as one (qcore.fast).
+    tokens: how many most products will have, for the choice of backends: 1 for generation, many for batches and evaluation.
 
-    Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer.
+    Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer, ModelError when
+    the model cannot be made fast.
     """
     plugins = plugins or installed()
     folder = resolve_model(str(model), plugins, revision)
     exporter, content = open_content(folder, plugins)
-    backends = plugins.usable("backend")
-    if backend != "auto":
-        backends = {backend: plugins.get("backend", backend)}
+    backends, wanted = backends_for(backend, plugins)
     place = pick_device(device)
     network = load_quantized(
-        content, folder, backends, backend=backend, device=place, dtype=dtype, device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        content, folder, backends, backend=wanted, device=place, dtype=dtype, device_map=device_map, tokens=tokens,
+        trust_remote_code=trust_remote_code, **({"together": partial(shared_inputs, plugins=plugins)} if fast else {}),
     )  # fmt: skip
+    if fast:
+        accelerate(network)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
@@ -529,6 +537,27 @@ def load(
     files = content.source or ModelFolder(folder)
     network.qcore_info = info_of(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
+
+
+def backends_for(backend: str | Backend, plugins: Plugins) -> tuple[Mapping[str, Backend], str]:
+    """Return the backends to choose from, by name, and the name wanted of them, or "auto".
+
+    QCORE_BACKEND names one wherever a caller leaves it to "auto".
+    """
+    if isinstance(backend, Backend):
+        return {backend.name: backend}, backend.name
+    wanted = os.environ.get("QCORE_BACKEND", "auto") if backend == "auto" else backend
+    return plugins.usable("backend") if wanted == "auto" else {wanted: plugins.get("backend", wanted)}, wanted
+
+
+def shared_inputs(model: nn.Module, plugins: Plugins) -> Iterator[list[str]]:
+    """Names of the linears that share an input, as the adapter declared for the model's type has them."""
+    adapter = plugins.adapter_for(str(getattr(model.config, "model_type", "")))
+    if adapter is None:
+        return
+    for name, block in adapter.find_blocks(model):
+        for group in adapter.groups_in(block):
+            yield [f"{name}.{linear}" for linear in group]
 
 
 def _plain_record(layer: LayerSpec) -> dict[str, Any]:
@@ -547,8 +576,9 @@ def open_any(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     plugins: Plugins | None = None,
+    fast: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Return (model, tokenizer) for a module, a float folder or a quantized one."""
+    """Return (model, tokenizer) for a module, a float folder or a quantized one; fast: see `load`."""
     plugins = plugins or installed()
     if isinstance(model, nn.Module):
         info: Info | None = getattr(model, "qcore_info", None)
@@ -556,10 +586,11 @@ def open_any(
     path = resolve_model(str(model), plugins)
     place = pick_device(device)
     if folder_config(path).get("quantization_config"):
-        network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins)
+        network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins, fast=fast)
     else:
         folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
+        network = accelerate(network) if fast else network
     return network, load_tokenizer(path, trust_remote_code)
 
 
