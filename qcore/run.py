@@ -576,18 +576,21 @@ class Journal:
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
         write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
 
-    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
-        """Return a finished block, or None."""
+    def read_block(
+        self, index: int, only: str | None = None
+    ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+        """Return a finished block, or None. only: one of its linears, the others left out."""
         path = self._block(index)
         if not path.is_file():
             return None
         with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
             note = json.loads(handle.metadata()["qcore"])
-            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in note["configs"]}
+            configs = {n: QuantConfig(**each) for n, each in note["configs"].items() if only in (None, n)}
+            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in configs}
             for key in handle.keys():  # noqa: SIM118 (a handle is no dict)
                 name, _, part = key.rpartition("/")
-                parts[name][part] = handle.get_tensor(key).clone()
-        configs = {name: QuantConfig(**config) for name, config in note["configs"].items()}
+                if name in parts:
+                    parts[name][part] = handle.get_tensor(key).clone()
         return {name: QuantizedWeight.from_tensors(parts[name], configs[name]) for name in configs}, note["records"]
 
     def finish(self) -> None:
@@ -703,18 +706,13 @@ def journal_content(
     on_disk = {names.layer_on_disk(name): name for name in location}
     floats = {names.on_disk(name): name for name in weights.keys if name.rpartition(".")[0] not in location}
     strays = set(folder.tensors) - set(weights.keys.values())  # of no parameter: carried along
-    latest: dict[int, dict[str, QuantizedWeight]] = {}
 
     def weight(key: str) -> QuantizedWeight:
-        name = on_disk[key]
-        index = location[name]
-        if index not in latest:
-            latest.clear()
-            restored = journal.read_block(index)
-            if restored is None:
-                raise RunError(f"{journal.path} lost block {index} while the output was being written.")
-            latest[index] = restored[0]
-        return latest[index][name]
+        index = location[on_disk[key]]
+        restored = journal.read_block(index, only=on_disk[key])
+        if restored is None:
+            raise RunError(f"{journal.path} lost block {index} while the output was being written.")
+        return restored[0][on_disk[key]]
 
     specs = job.specs()
     act_order = {record["name"]: record["act_order"] for record in records}
