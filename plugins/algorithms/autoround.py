@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -245,7 +246,77 @@ def signed_step(G: Tensor, r: Rounding, lr: float, minmax_lr: float | None) -> N
             r.alpha.sub_(torch.sign((-through_s / step - grad_z / s) * r.low) * minmax_lr).clamp_(0, 2)
             r.beta.sub_(torch.sign(through_s / step * r.high) * minmax_lr)
         r.beta.clamp_(0, 2)
-    r.V.sub_(passed.mul_(s).sign_().mul_(lr)).clamp_(-0.5, 0.5)
+    r.V.addcmul_(passed.sign_(), s.sign().mul_(-lr)).clamp_(-0.5, 0.5)
+
+
+# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+
+
+class Gradient8(torch.autograd.Function):
+    """x [..., in] @ weight' whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign.
+
+    The weight's gradient sums over thousands of tokens, and the rounding of each goes either way. What flows on to
+    other linears is not rounded. x is e4m3, scaled to its largest value, the outputs' gradient e5m2, which has float16's range.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        onward = grad @ weight if ctx.needs_input_grad[0] else None
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        largest = rows.abs().amax().float().clamp(min=1e-12)
+        X = (rows.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
+        Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
+        one = torch.ones_like(largest)
+        return onward, torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=weight.dtype)
+
+
+class Linear8(nn.Linear):
+    """A linear with Gradient8; modules take on this class for a while, so that one compilation serves all blocks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = Gradient8.apply(input, self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+@contextlib.contextmanager
+def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let linears have Gradient8 within."""
+    own = [type(module) for module in modules]
+    try:
+        for module in modules:
+            module.__class__ = Linear8
+        yield
+    finally:
+        for module, kind in zip(modules, own, strict=True):
+            module.__class__ = kind
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fits_float8(module: nn.Module, tokens: int) -> bool:
+    """Whether a linear's gradient can be a product of 8-bit floats: plain, of a half type, all sides multiples of 16."""
+    half = type(module) is nn.Linear and module.weight.dtype in (torch.float16, torch.bfloat16)
+    return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile something small in a thread: importing the compiler and starting its helpers takes seconds, and nobody waits."""
+
+    def compile_something() -> None:
+        x = torch.ones(16, 16, device=device, requires_grad=True)
+        torch.compile(lambda x: torch.softmax(x @ x, -1).square())(x).sum().backward()
+
+    threading.Thread(target=compile_something, daemon=True).start()
 
 
 # ---- tuning one block ------------------------------------------------------------------------------------------------
@@ -279,7 +350,8 @@ class Tuning:
         self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
         self.dtype, self.autocast = precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
-        wanted = min(len(targets), max(1, params.iters // 50))
+        self.in_8_bits = self._modules_in_8_bits() if params.float8 else []
+        wanted = min(len(targets), max(1, params.iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
         self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
@@ -290,7 +362,7 @@ class Tuning:
         """Tune; return how it went and the best parameters seen, frozen."""
         iters, checks = self.params.iters, self.params.checks
         widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
-        with widened, reproducible(self.block.device):
+        with widened, gradients_in_8_bits(self.in_8_bits), reproducible(self.block.device):
             best = before = self.judge()
             if not math.isfinite(before):
                 raise ModelError(
@@ -324,6 +396,14 @@ class Tuning:
                 minmax_lr = params.minmax_step_size * rate if params.enable_minmax_tuning else None
                 rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
+
+    def _modules_in_8_bits(self) -> list[nn.Module]:
+        """Return the linears whose gradients are to be products of 8-bit floats."""
+        if not has_float8(self.block.device) or self.dtype == torch.float32:
+            return []
+        prefix = f"{self.block.name}."
+        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.roundings]
+        return [module for module in modules if fits_float8(module, self.targets[0][..., 0].numel())]
 
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
@@ -522,6 +602,7 @@ class AutoRound(Algorithm):
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
         layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
+        float8: multiply for the weights' gradients in 8-bit floats, where the GPU can.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -543,6 +624,7 @@ class AutoRound(Algorithm):
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
         layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+        float8: bool = False
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -607,6 +689,8 @@ class AutoRound(Algorithm):
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
+        if block.index == 0 and self.params.iters and block.device.type == "cuda" and self.params.compile is not False:
+            warm_up(block.device)
         inputs = None
         if self.params.iters and not self.params.use_quant_input:
             inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
