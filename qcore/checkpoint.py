@@ -198,8 +198,11 @@ class ModelFolder:
                     tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
         return tensors
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) copies, opening each file once per call; nothing stays mapped afterwards."""
+    def read(self, names: Iterable[str], pinned: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) copies, opening each file once per call; nothing stays mapped afterwards.
+
+        pinned: into memory from which a GPU fetches by itself.
+        """
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.tensors:
@@ -208,7 +211,8 @@ class ModelFolder:
         for file, wanted in by_file.items():
             with disk_errors(f"reading {self.path / file}"), safe_open(self.path / file, "pt") as handle:
                 for name in wanted:
-                    yield name, handle.get_tensor(name).clone()
+                    stored = handle.get_tensor(name)
+                    yield name, torch.empty_like(stored, pin_memory=pinned).copy_(stored)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
