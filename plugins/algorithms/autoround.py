@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -354,7 +356,11 @@ class Tuning:
         wanted = min(len(targets), max(1, params.iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.processes = Processes()
+        if len(targets[0]) * self.processes.count != params.bs:  # batches are whole ones: every process does the same
+            self.processes = Processes(alone=True)
         self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
+        self.processes.agree([x for each in roundings.values() for x in (each.W, each.low, each.high)])
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
 
@@ -390,6 +396,7 @@ class Tuning:
             output, error, _ = self._error(next(batches), self.weights)
             self.losses[step] += mean_square(error)
             output.backward(error.div_(self.unit).to(output.dtype))
+        self.processes.add_up(self.weights.values())
         for name, rounding in self.roundings.items():
             weight, rate = self.weights[name], decay * self.rates[name]
             if weight.grad is not None:  # else an expert that no token of these batches went to
@@ -408,7 +415,7 @@ class Tuning:
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
         numbers = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
-        batches = map(self._batch, numbers)
+        batches = map(self._batch, self.processes.own(numbers))
         return beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
 
     def _batch(self, number: int) -> Batch:
@@ -441,7 +448,9 @@ class Tuning:
         """Return the loss of the parameters as they are on the fixed subset."""
         found = [self._error(self._batch(number), self.weights)[1:] for number in self.subset]
         total = sum(mean_square(error) * error.numel() for error, _ in found)
-        return float(total) / max(1.0, sum(error.numel() * share for error, share in found))
+        loss = total / max(1.0, sum(error.numel() * share for error, share in found))
+        self.processes.agree([loss])
+        return float(loss)
 
     def _failed(self, step: int, best_step: int) -> str:
         bad = (~torch.isfinite(self.losses[:step])).nonzero()
@@ -495,6 +504,29 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item)
+
+
+class Processes:
+    """The processes that share each batch of a step: those of torch.distributed's group, or one alone."""
+
+    def __init__(self, alone: bool = False) -> None:
+        together = not alone and dist.is_available() and dist.is_initialized()
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def own(self, items: Iterator[int]) -> Iterator[int]:
+        """Of things dealt out in turn, those of this process."""
+        return itertools.islice(items, self.rank, None, self.count)
+
+    def add_up(self, weights: Iterable[Tensor]) -> None:
+        """Add up gradients over the processes; a weight that none of this one's tokens went to counts as 0."""
+        for weight in weights if self.count > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(weight.grad)
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all the values that the first process has."""
+        for tensor in tensors if self.count > 1 else ():
+            dist.broadcast(tensor, 0)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -666,8 +698,9 @@ class AutoRound(Algorithm):
 
     @property
     def batch_size(self) -> int | None:
-        """A step works on whole batches."""
-        return self.params.bs
+        """A step works on whole batches, or, in a run of several processes that divide one, each of them on its part."""
+        processes = Processes()
+        return self.params.bs // processes.count if self.params.bs % processes.count == 0 else self.params.bs
 
     @property
     def blocks_at_once(self) -> int:
