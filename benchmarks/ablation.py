@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens-large", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--grids", nargs="+", default=["4s", "3a", "2a"], help="bits and s(ymmetric) or a(symmetric)")
+    parser.add_argument("--only", default="", help="Run the changes whose name this regular expression is found in.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -84,17 +86,24 @@ def main() -> None:
         print(table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
         arguments.out.write_text(json.dumps(rows, indent=1))
 
+    sources = {  # calibration, samples
+        "calibration: topics 128 x 512": (token_file(arguments.tokens_large), 128),
+        "calibration: self 32 x 512": ("self", 32),
+        "calibration: self 128 x 512": ("self", 128),
+        "calibration: topics and self, 16 + 16 x 512": ("topics,self", 32),
+        "calibration: topics and self, 64 + 64 x 512": ("topics,self", 128),
+    }
+    wanted = re.compile(arguments.only)
     for bits, sym in ((int(each[0]), each[1] == "s") for each in arguments.grids):
         for change, options in OPTIONS.items():
-            run(change, small, len(small), bits, sym, options)
-        with scales_rounded_last():
-            run(
-                "scales rounded last", small, len(small), bits, sym, {"solver": "torch"}
-            )  # the compiled solvers round by themselves
-        run("calibration: topics 128 x 512", token_file(arguments.tokens_large), 128, bits, sym, {})
-        run("calibration: self 32 x 512", "self", 32, bits, sym, {})
-        run("calibration: topics and self, 16 + 16 x 512", "topics,self", 32, bits, sym, {})
-        run("calibration: self 128 x 512", "self", 128, bits, sym, {})
+            if wanted.search(change):
+                run(change, small, len(small), bits, sym, options)
+        if wanted.search("scales rounded last"):
+            with scales_rounded_last():  # the compiled solvers round by themselves
+                run("scales rounded last", small, len(small), bits, sym, {"solver": "torch"})
+        for change, (calibration, samples) in sources.items():
+            if wanted.search(change):
+                run(change, calibration, samples, bits, sym, {})
     print(table(rows, COLUMNS))
 
 

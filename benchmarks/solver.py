@@ -94,9 +94,10 @@ def loss(W: Tensor, H: Tensor, solution: gptq.Solution) -> float:
     return float(((E @ H) * E).double().sum())
 
 
-def solvers(wanted: str, device: torch.device, tiles: str | None) -> Iterator[tuple[str, gptq.Columns]]:
-    """The reference, and what is wanted or what `auto` takes here, once for each tile."""
-    yield "torch", gptq.quantize_columns
+def solvers(wanted: str, device: torch.device, tiles: str | None, alone: bool) -> Iterator[tuple[str, gptq.Columns]]:
+    """The reference, unless alone, and what is wanted or what `auto` takes here, once for each tile."""
+    if not alone:
+        yield "torch", gptq.quantize_columns
     label, found = gptq.solver_for(wanted, device)
     for tile in (tiles or "").split(","):
         if tile:
@@ -117,7 +118,7 @@ def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any
     factor = clock.median(lambda: gptq.inverse_factor(H, perm, params.damp_percent, params.shrink))
     products = clock.median(lambda: updates(W, H, config, params))
     rows, reference = [], None
-    for name, quantize in solvers(arguments.solver, device, arguments.tile):
+    for name, quantize in solvers(arguments.solver, device, arguments.tile, arguments.alone):
 
         def solve(quantize: gptq.Columns = quantize) -> gptq.Solution:
             solution = gptq.solve(W, H, config, params, quantize)
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="K x N, separated by commas; 2048x2048 on a CPU")
     parser.add_argument("--solver", default="auto")
+    parser.add_argument("--alone", action="store_true", help="without the reference, which takes seconds")
     parser.add_argument("--tile", help="rows x warps of the Triton kernel, separated by commas")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)

@@ -99,7 +99,10 @@ class BlockContext(Protocol):
         """
 
     def record(self, name: str, **facts: Any) -> None:
-        """Put facts about a linear into the report: error (relative), note (anything a user should know)."""
+        """Put facts about a linear into the report: error (relative), note (anything a user should know).
+
+        A number may be a tensor [] still being computed; it is read when the block is done.
+        """
 
 
 class Algorithm(ABC):

@@ -39,6 +39,7 @@ from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear, replace_module
+from .memory import parse_bytes, plan_room
 from .model import (
     FolderWeights,
     ModuleWeights,
@@ -68,6 +69,7 @@ from .run import (
     quantize_blocks,
     quantize_to_folder,
     renamed,
+    shape_of,
 )
 from .weight import QuantizedWeight
 
@@ -103,6 +105,7 @@ def quantize(
     samples: int = 128,
     seqlen: int = 2048,
     batch_size: int | None = None,
+    max_memory: int | str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     tokenizer: Any = None,
@@ -122,7 +125,8 @@ def quantize(
     algo: an algorithm's name or an Algorithm object; its own options go in as further keywords.
     bits, group_size, sym: see QuantConfig. overrides: Override objects, their command-line text, or mappings.
     calibration: see `qcore.calibration.prepare`; samples sequences of seqlen tokens. batch_size: sequences per forward
-        pass (None: chosen by size). seed: for everything random.
+        pass (None: chosen by size). max_memory: bytes of the device to use, or "4GiB": smaller batches, hidden states kept on the
+        host or the disk. When memory runs out all the same, batches are halved. seed: for everything random.
     device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
 
@@ -138,7 +142,7 @@ def quantize(
     target = None if output is None else Path(output)
     if target is not None:
         check_output(target)
-    place = pick_device(device)
+    place, limit = pick_device(device), parse_bytes(max_memory)
     folder = None
     if isinstance(model, nn.Module):
         if target is not None:
@@ -158,17 +162,27 @@ def quantize(
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     chosen = find_adapter(network, weights, plugins, place, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place)
+    room = plan_room(
+        place,
+        limit,
+        samples * seqlen * (1 + algorithm.float_stream),
+        seqlen,
+        *_widths(network, linears),
+        dtype.itemsize,
+    )
     job = Job(
         model=network,
         weights=weights,
         adapter=chosen,
         algorithm=algorithm,
         config=config,
-        linears=plan_linears(network, chosen, config, [Override.of(each) for each in overrides]),
+        linears=linears,
         device=place,
-        dtype=compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place),
+        dtype=dtype,
         seed=seed,
-        batch_size=batch_size or algorithm.batch_size or max(1, (4096 if place.type == "cpu" else 16384) // seqlen),
+        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
         calibration=None,
         label=label,
         blocks=chosen.find_blocks(network),
@@ -248,6 +262,13 @@ def _fits(folder: ModelFolder, device: torch.device) -> bool:
     if device.type == "cuda":
         return size <= torch.cuda.get_device_properties(device).total_memory / 2
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:
+    """The width of hidden states and that of the widest linear's output."""
+    widest = max((shape_of(model.get_submodule(name))[0] for name in linears), default=0)
+    hidden = getattr(model.config, "hidden_size", None)
+    return (hidden if isinstance(hidden, int) else widest), widest
 
 
 def _longest(model: nn.Module) -> int | None:

@@ -23,19 +23,35 @@ from .config import QuantConfig
 from .errors import ModelError, RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
+from .memory import MEMO_BYTES, Ferry, is_out_of_memory
 from .weight import QuantizedWeight
 
-#: outputs of finished parts of one block kept between replays, so that they are not computed again
-MEMO_BYTES = 2 * 10**9
 #: an expert that gets fewer tokens than this share of its columns is calibrated on all tokens
 FEW_TOKENS = 0.25
 
 
 @dataclass
 class Stream:
-    """Hidden states between two blocks: one tensor [batch, length, hidden] per calibration batch."""
+    """Hidden states between two blocks: one tensor [batch, length, hidden] per calibration batch.
+
+    passed: the index of the block they went through last. moved: how many of them are through the next one already; more than
+    none only while that block is under work. closing: see `Closing`, by class and name of a block's child.
+    """
 
     hidden: list[Tensor]
+    passed: int = -1
+    moved: int = 0
+    closing: dict[tuple[type, str], Closing | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The linear whose very output a child of a block returns, as attention does its projection's: who has kept the linear's
+    input need not run the child. width: 0 when the child returns it plainly, else the length of a tuple of it and None.
+    """
+
+    linear: str
+    width: int
 
 
 @dataclass
@@ -56,10 +72,11 @@ def capture(
     blocks: Sequence[nn.Module],
     batches: Sequence[tuple[Tensor, Tensor | None]],
     device: torch.device,
-    keep_on: torch.device,
+    keep: Callable[[Tensor], Tensor],
 ) -> Captured:
     """Run what stands before the blocks on every batch and record what each block would be called with.
 
+    keep: puts hidden states where they stay between uses.
     Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
     """
     stumbled: list[Exception] = []
@@ -76,12 +93,18 @@ def capture(
                 attention = None if mask is None else mask.to(device, torch.int64)
                 try:
                     _run_until_enough(model, ids.to(device), attention)
-                except Exception as error:  # a model handed a tensor where it expects a tuple, or the reverse
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise RunError(
+                            f"memory ran out in front of the first block: {error}. Give a smaller batch_size."
+                        ) from None
+                    # a model handed a tensor where it expects a tuple, or the reverse
                     stumbled.append(error)
                     break
                 if not all(recorder.call for recorder in recorders) or not _unchanged(recorders):
                     break
-                stream.hidden.append(_first(recorders).to(keep_on))
+                stream.hidden.append(keep(_first(recorders)))
+                keep_on = device if mask is None else stream.hidden[-1].device  # what belongs to padding may be large
                 for index, recorder in enumerate(recorders):
                     previous = kwargs[index][-1] if kwargs[index] else {}
                     kwargs[index].append(_reuse(_own(recorder.call[1], keep_on), previous))  # type: ignore[index]
@@ -191,10 +214,11 @@ class Block:
     kwargs: list[dict[str, Any]]
     masks: list[Tensor | None]
     records: dict[str, dict[str, Any]]
+    ferry: Ferry
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
+    _tails: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # child -> batch -> input of its closing linear
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
-    _float_moved_on: bool = False  # float_inputs hold this block's outputs already
 
     @torch.no_grad()
     def widen_starved(self) -> None:
@@ -243,7 +267,7 @@ class Block:
         for module in self.module.modules():
             if isinstance(module, Experts) and module.widened:
                 module.widened.clear()
-                self._memo.clear()  # it holds outputs for all tokens
+                self._forget()  # what is kept is for all tokens
 
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         if paired and self.float_inputs is None:
@@ -271,12 +295,36 @@ class Block:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
         position = self._position(name)
         if name in self._final or any(self._position(other) > position for other in self._final):
-            self._memo.clear()  # out of order: what ran behind this linear has another input now
+            self._forget()  # out of order: what ran behind this linear has another input now
         self._final[name] = weight
+
+    def _forget(self) -> None:
+        """Drop what is kept of earlier replays."""
+        for kept in (*self._memo.values(), *self._tails.values()):
+            self.memo_bytes += sum(_size(each) for each in kept.values())
+        self._memo.clear()
+        self._tails.clear()
+
+    def _keep_tail(self, name: str, x: Tensor, batch: int) -> None:
+        """Keep a linear's input when it closes a child of the block and nothing in front of it changes any more."""
+        child = name.removeprefix(f"{self.name}.").partition(".")[0]
+        part, closing = f"{self.name}.{child}", self._closing(child)
+        before = {other for other in self.linears if self._position(other) < self._position(name)}
+        if closing is None or name != f"{part}.{closing.linear}" or not before <= self._final.keys():
+            return
+        for other, kept in self._memo.items():
+            if other.startswith(f"{part}."):
+                self.memo_bytes += _size(kept.pop(batch, (None,))[0])
+        if _size(x) <= self.memo_bytes:
+            self.memo_bytes -= _size(x)
+            self._tails.setdefault(part, {})[batch] = x
+
+    def _closing(self, child: str) -> Closing | None:
+        return self.stream.closing.get((type(self.module.get_submodule(child)), child)) if self.stream else None
 
     def acts_as(self, name: str, weight: QuantizedWeight) -> bool:
         """Whether replays run this linear with this weight."""
-        return name in self._final and self._final[name].equal(weight)
+        return name in self._final and (self._final[name] is weight or self._final[name].equal(weight))
 
     def finished_parts(self) -> list[str]:
         """Names of the finished linears, and of the children of the block in which every linear is finished."""
@@ -293,8 +341,8 @@ class Block:
         return next(i for i, group in enumerate(self.groups) if name in group)
 
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
-        for number in range(len(self._source(float_stream).hidden)):
-            yield self.batch(number, float_stream=float_stream)
+        for number, hidden in enumerate(self.ferry.bring(self._source(float_stream).hidden)):
+            yield hidden, _own(self.kwargs[number], self.device), self.masks[number]
 
     def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         hidden = self._source(float_stream).hidden[number].to(self.device)
@@ -308,6 +356,11 @@ class Block:
             raise RunError("the float stream's inputs of this block are gone: float_outputs was called before.")
         return source
 
+    @property
+    def _float_moved_on(self) -> bool:
+        """Whether float_inputs hold this block's outputs already."""
+        return self.float_inputs is not None and self.float_inputs.passed == self.index
+
     def float_outputs(
         self, names: Sequence[str] = (), visit: Callable[[str, Tensor], None] | None = None
     ) -> Sequence[Tensor]:
@@ -315,7 +368,6 @@ class Block:
             source = self._source(float_stream=True)
             with self.original_weights():
                 self.advance(source, original=True, names=names, visit=visit)
-            self._float_moved_on = True
         assert self.float_inputs is not None
         return self.float_inputs.hidden
 
@@ -354,26 +406,31 @@ class Block:
 
         Raises RunError when they become NaN or Inf, naming the block.
         """
-        for number, kwargs in enumerate(self.kwargs):
-            hidden = stream.hidden[number]
-            inputs, arguments = hidden.to(self.device), _own(kwargs, self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: looking makes the host wait
+        for number, inputs in enumerate(self.ferry.bring(stream.hidden, stream.moved), stream.moved):
+            hidden, arguments = stream.hidden[number], _own(self.kwargs[number], self.device)
             if original:
                 with self._watched(names, visit, self.masks[number]):
                     output = self.forward(inputs, arguments)
             else:
                 with _Memoised(self, number):
                     output = self.forward(inputs, arguments)
-            mask = self.masks[number]
-            if not bool(torch.isfinite(_tokens(output, mask)).all()):
-                raise RunError(
-                    f"the hidden states after block {self.name} hold NaN or Inf"
-                    f"{'' if original else ' (quantized)'}; its activations overflow {output.dtype}. "
-                    "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
-                )
+            finite &= torch.isfinite(_tokens(output, self.masks[number])).all()
             if output.shape == hidden.shape and output.dtype == hidden.dtype:
-                hidden.copy_(output)  # a new tensor would outlive the temporary ones around it and splinter the heap
+                self.ferry.put(
+                    hidden, output
+                )  # a new tensor would outlive the temporary ones around it and splinter the heap
             else:
                 stream.hidden[number] = output.to(hidden.device)
+            stream.moved += 1
+        self.ferry.wait()
+        stream.passed, stream.moved = self.index, 0
+        if not bool(finite):
+            raise RunError(
+                f"the hidden states after block {self.name} hold NaN or Inf"
+                f"{'' if original else ' (quantized)'}; its activations overflow {stream.hidden[0].dtype}. "
+                "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
+            )
 
     @contextlib.contextmanager
     def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
@@ -401,11 +458,13 @@ class Block:
     ) -> dict[str, Tensor]:
         """Run one batch until every named linear has been called; return their inputs as [tokens, in]."""
         seen: dict[str, list[Tensor]] = {}
+        last: dict[str, Tensor] = {}
         hooks = []
         for name in names:
 
             def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 seen.setdefault(name, []).append(_tokens(args[0], mask))
+                last[name] = args[0]
                 if len(seen) == len(names):
                     raise _Enough
 
@@ -421,6 +480,8 @@ class Block:
         finally:
             for hook in hooks:
                 hook.remove()
+        if memo_for is not None and len(last) == 1 and len(seen[name := next(iter(last))]) == 1:
+            self._keep_tail(name, last[name], memo_for)
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
 
 
@@ -435,7 +496,9 @@ def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: 
 
 @cache
 def _compiled_run() -> Callable[..., Tensor]:
-    return torch.compile(_run)
+    """`_run`, compiled; where torch has the choice, with kernels that are not picked by how long they took."""
+    steady = "deterministic" in torch._inductor.list_options()
+    return torch.compile(_run, options={"deterministic": True} if steady else None)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -473,7 +536,7 @@ class _Memoised:
     Replaying a block once per group of linears would compute the first groups again and again. Their weights are
     final and their inputs the same, so their outputs are too: within a budget they are kept, exactly. A part is a
     finished linear, or a child of the block whose linears all are (the whole attention): once a child's output is kept,
-    those of its linears need not be.
+    those of its linears need not be. Nor is the child run when the input of the linear that closes it was kept.
     """
 
     def __init__(self, block: Block, batch: int) -> None:
@@ -501,7 +564,9 @@ class _Memoised:
             if self.batch in kept and kept[self.batch][1] != _versions(kept[self.batch][0]):
                 return compute(module, *args, **kwargs)  # the block wrote into it (Falcon adds to its MLP's output)
             if self.batch not in kept:
-                output = compute(module, *args, **kwargs)
+                output = self._from_tail(name)
+                if output is None:
+                    output = self._compute(name, module, compute, args, kwargs)
                 for outputs in inner:
                     self.block.memo_bytes += _size(outputs.pop(self.batch, (None,))[0])
                 size = _size(output)
@@ -512,6 +577,43 @@ class _Memoised:
             return kept[self.batch][0]
 
         return forward
+
+    def _from_tail(self, name: str) -> Any:
+        """A child's output from the kept input of its closing linear, or None."""
+        x = self.block._tails.get(name, {}).pop(self.batch, None)
+        child = name.removeprefix(f"{self.block.name}.")
+        closing = self.block._closing(child)
+        if x is None or closing is None:
+            return None
+        self.block.memo_bytes += _size(x)
+        linear = self.block.module.get_submodule(child).get_submodule(closing.linear)
+        output = type(linear).forward(linear, x)
+        return (output, *[None] * (closing.width - 1)) if closing.width else output
+
+    def _compute(self, name: str, module: nn.Module, compute: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a part; the first time, find the linear that closes it."""
+        key = type(module), name.removeprefix(f"{self.block.name}.")
+        if is_linear(module) or self.block.stream is None or key in self.block.stream.closing:
+            return compute(module, *args, **kwargs)
+        outputs: dict[str, tuple[Tensor, list[int]]] = {}
+        hooks = []
+        for inner, linear in module.named_modules():
+            if is_linear(linear):
+
+                def note(_: nn.Module, __: Any, output: Tensor, inner: str = inner) -> None:
+                    outputs[inner] = output, _versions(output)
+
+                hooks.append(linear.register_forward_hook(note))
+        try:
+            output = compute(module, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        first, width = _first_output(output), len(output) if isinstance(output, tuple) else 0
+        found = [inner for inner, (x, versions) in outputs.items() if x is first and versions == _versions(x)]
+        plain = width == 0 or (type(output) is tuple and all(other is None for other in output[1:]))
+        self.block.stream.closing[key] = Closing(found[0], width) if found and plain else None
+        return output
 
 
 def _versions(value: Any) -> list[int]:
@@ -543,6 +645,7 @@ def make_block(
     float_inputs: Stream | None,
     device: torch.device,
     seed: int,
+    memo_bytes: int = MEMO_BYTES,
 ) -> Block:
     """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
 
@@ -577,6 +680,8 @@ def make_block(
         kwargs=kwargs,
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
+        ferry=Ferry(device),
+        memo_bytes=memo_bytes,
     )
 
 

@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,9 @@ from .weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .plugins import Plugins
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 DTYPES = {
     "F64": torch.float64,
@@ -198,8 +202,11 @@ class ModelFolder:
                     tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
         return tensors
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) copies, opening each file once per call; nothing stays mapped afterwards."""
+    def read(self, names: Iterable[str], pinned: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) copies, opening each file once per call; nothing stays mapped afterwards.
+
+        pinned: into memory from which a GPU fetches by itself.
+        """
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.tensors:
@@ -208,7 +215,8 @@ class ModelFolder:
         for file, wanted in by_file.items():
             with disk_errors(f"reading {self.path / file}"), safe_open(self.path / file, "pt") as handle:
                 for name in wanted:
-                    yield name, handle.get_tensor(name).clone()
+                    stored = handle.get_tensor(name)
+                    yield name, torch.empty_like(stored, pin_memory=pinned).copy_(stored)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -399,12 +407,32 @@ def refuse(exporter: Exporter, content: Content) -> None:
         raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
 
 
+def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
+    """Yield work(item) for each item, in their order, worked on by a few threads a few items ahead."""
+    threads = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[V]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
 def compare(content: Content, again: Content, folder: Path) -> None:
     """Raise CheckpointError unless what was read back holds the same linears, bit for bit, and the same other tensors."""
     if set(again.layers) != set(content.layers):
         raise CheckpointError(f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back.")
-    for name in content.layers:
-        difference = content.weight(name).difference(again.weight(name))
+
+    def compared(name: str) -> str | None:
+        return content.weight(name).difference(again.weight(name))
+
+    for name, difference in zip(content.layers, in_order(compared, content.layers), strict=True):
         if difference:
             raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
     if set(again.tensors) != set(content.tensors):
@@ -422,7 +450,7 @@ class FolderExporter(Exporter):
 
     @abstractmethod
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Return full tensor name -> tensor, bias left out."""
+        """Return full tensor name -> tensor, bias left out. Called on several threads at once."""
 
     @abstractmethod
     def config(self, content: Content) -> dict[str, Any]:
@@ -441,15 +469,18 @@ class FolderExporter(Exporter):
         refuse(self, content)
         expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
         writer = ShardWriter(folder, expected, self.shard_bytes)
-        for name in content.layers:
+
+        def encoded(name: str) -> dict[str, Tensor]:
             weight = content.weight(name)
             reason = self.why_not_exact(weight)
             if reason:
                 raise CheckpointError(f"format {self.name!r} cannot hold {name}: {reason}.")
-            for key, tensor in self.encode(name, weight).items():
+            bias = {} if weight.bias is None else {f"{name}.bias": weight.bias}
+            return {**self.encode(name, weight), **bias}
+
+        for tensors in in_order(encoded, content.layers):
+            for key, tensor in tensors.items():
                 writer.add(key, tensor)
-            if weight.bias is not None:
-                writer.add(f"{name}.bias", weight.bias)
         for name in content.tensors:
             writer.add(name, content.tensor(name))
         writer.close()

@@ -56,6 +56,7 @@ def main() -> NoReturn:
 @click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
 @click.option("--seqlen", default=2048, show_default=True, help="Tokens per calibration sequence.")
 @click.option("--batch-size", type=int, help="Sequences per forward pass.  [default: by size]")
+@click.option("--max-memory", metavar="SIZE", help="Memory of the device to use, for instance 4GiB.  [default: all]")
 @click.option("--adapter", help="Model adapter; by default the one of the model's type.")
 @device_option
 @click.option("--seed", default=0, show_default=True)

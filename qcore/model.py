@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,6 +200,9 @@ class Weights(Protocol):
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """Put the module's parameters and buffers on `device`, floating ones as `dtype`."""
 
+    def expect(self, name: str, device: torch.device) -> None:
+        """Hear that this module comes to `device` next: reading it may begin."""
+
     def let_go(self, name: str) -> None:
         """Undo `bring`."""
 
@@ -214,6 +218,8 @@ class FolderWeights:
 
     def __init__(self, model: nn.Module, folder: ModelFolder) -> None:
         self.model, self.folder = model, folder
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: dict[str, Future[list[tuple[str, Tensor]]]] = {}
         self.keys, self.pieces = _locate(model, folder.tensors)
         for name, key in self.keys.items():
             shape, found = tuple(_get(model, name).shape), folder.tensors[key].shape
@@ -227,29 +233,44 @@ class FolderWeights:
 
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """See Weights. Every floating weight is checked for NaN and Inf on the way."""
-        prefix = f"{name}." if name else ""
-        wanted: dict[str, list[str]] = {}
-        for full, key in self.keys.items():
-            if full == name or full.startswith(prefix):
-                wanted.setdefault(key, []).append(full)
-        for key, tensor in self.folder.read(wanted):
-            check_finite(tensor, key)
+        wanted = self._stored_in(name)
+        ahead = self._ahead.pop(name, None)
+        finite: dict[str, Tensor] = {}
+        for key, tensor in ahead.result() if ahead else self.folder.read(wanted):
             target = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device, target)
+            tensor = tensor.to(device, non_blocking=True)
+            finite[key] = torch.isfinite(tensor).all()
+            tensor = tensor.to(target)
             for full in wanted[key]:
                 _set(self.model, full, self.part(full, tensor))
+        if finite and not bool(torch.stack(list(finite.values())).all()):
+            for key in wanted:
+                check_finite(self.folder.tensor(key), key)
         module = self.model.get_submodule(name)
         for submodule in module.modules():
             for key, buffer in submodule.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     submodule._buffers[key] = buffer.to(device)
 
+    def expect(self, name: str, device: torch.device) -> None:
+        """See Weights: reads on a thread of its own, into memory that a GPU fetches from without the host's help."""
+        if device.type == "cuda":
+            wanted = self._stored_in(name)
+            self._ahead[name] = self._reader.submit(lambda: list(self.folder.read(wanted, pinned=True)))
+
+    def _stored_in(self, name: str) -> dict[str, list[str]]:
+        """The stored tensors that a module needs, each with the parameters it serves."""
+        prefix = f"{name}." if name else ""
+        wanted: dict[str, list[str]] = {}
+        for full, key in self.keys.items():
+            if full == name or full.startswith(prefix):
+                wanted.setdefault(key, []).append(full)
+        return wanted
+
     def let_go(self, name: str) -> None:
         """See Weights."""
-        prefix = f"{name}." if name else ""
-        for full in self.keys:
-            if full == name or full.startswith(prefix):
-                _set(self.model, full, _get(self.model, full).to("meta"))
+        for full in (full for names in self._stored_in(name).values() for full in names):
+            _set(self.model, full, _get(self.model, full).to("meta"))
 
     def dtype_of(self, parameter: str) -> torch.dtype:
         """See Weights."""
@@ -274,15 +295,24 @@ class ModuleWeights:
     def bring(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """See Weights."""
         home: dict[str, Tensor] = {}
+        finite: dict[str, Tensor] = {}
         self._home[name] = home
         prefix = f"{name}." if name else ""
         module = self.model.get_submodule(name)
         for full, tensor in [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]:
             assert full.startswith(prefix)
-            check_finite(tensor, full)
             home[full] = tensor
             is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            _set(self.model, full, tensor.detach().to(device, dtype if is_weight else tensor.dtype))
+            moved = tensor.detach().to(device)
+            finite[full] = torch.isfinite(moved).all()
+            _set(self.model, full, moved.to(dtype if is_weight else tensor.dtype))
+        if finite and not bool(torch.stack(list(finite.values())).all()):
+            self.let_go(name)
+            for full, tensor in home.items():
+                check_finite(tensor, full)
+
+    def expect(self, name: str, device: torch.device) -> None:
+        """See Weights: they are there."""
 
     def let_go(self, name: str) -> None:
         """See Weights."""

@@ -25,12 +25,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     count = codes.shape[-1]
     codes = codes.to(torch.uint8)
-    if 8 % bits == 0:  # whole codes per byte: shift within bytes, then look at four bytes as a word
-        per_byte = 8 // bits
-        padded = _blocks(codes, 4 * per_byte).reshape(*codes.shape[:-1], -1, per_byte)
-        joined = padded[..., 0].clone(memory_format=torch.contiguous_format)
-        for slot in range(1, per_byte):
-            joined |= padded[..., slot] << (bits * slot)
+    if 8 % bits == 0:
+        joined = _blocks(codes, 32 // bits).flatten(-2).contiguous()
+        width = bits
+        while width < 8:  # two neighbours are one number of 16 bits; the second moves down beside the first
+            pair = joined.view(torch.int16)
+            joined = (pair | pair >> (8 - width)).to(torch.uint8)
+            width *= 2
         return joined.view(torch.int32)
     period = 32 // math.gcd(bits, 32)  # codes after which the pattern of word boundaries repeats
     words = period * bits // 32
@@ -52,17 +53,15 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     >>> unpack(torch.tensor([801], dtype=torch.int32), 4, 3)
     tensor([1, 2, 3], dtype=torch.uint8)
     """
-    mask = 2**bits - 1
     if 8 % bits == 0:
-        stream = words.contiguous().view(torch.uint8)
-        if bits == 8:
-            return stream[..., :count]
-        per_byte = 8 // bits
-        split = torch.empty(*stream.shape, per_byte, dtype=torch.uint8, device=words.device)
-        for slot in range(per_byte):
-            torch.bitwise_and(stream >> (bits * slot), mask, out=split[..., slot])
-        return split.flatten(-2)[..., :count]
-    period = 32 // math.gcd(bits, 32)
+        split = words.contiguous().view(torch.uint8)
+        width = 8
+        while width > bits:  # as in `pack`, backwards
+            width //= 2
+            pair = split.to(torch.int16)
+            split = (pair | pair << (8 - width)).bitwise_and_((2**width - 1) * 0x0101).view(torch.uint8)
+        return split[..., :count]
+    period, mask = 32 // math.gcd(bits, 32), 2**bits - 1
     per_block = period * bits // 32
     blocks = _blocks(words.to(torch.int64) & 0xFFFFFFFF, per_block)
     codes = torch.empty(*blocks.shape[:-1], period, dtype=torch.uint8, device=words.device)

@@ -7,17 +7,22 @@ everything is there is the output assembled, verified and renamed into place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -33,9 +38,13 @@ from .config import Override, QuantConfig, resolve
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .linear import QuantLinear
+from .memory import Room, is_out_of_memory, keeper, limited
 from .model import FolderWeights, Names, Weights, compute_dtype, refuse_encoder_decoder
 from .plugins import Plugins
 from .weight import QuantizedWeight
+
+T = TypeVar("T")
+_log = logging.getLogger("qcore")
 
 
 @dataclass
@@ -51,10 +60,15 @@ class Job:
     device: torch.device
     dtype: torch.dtype  # of the computation
     seed: int
-    batch_size: int
+    room: Room
     calibration: Calibration | None
     label: str  # the model, as the user called it
     blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per forward pass."""
+        return self.room.batch_size
 
     def specs(self) -> dict[str, LayerSpec]:
         """What a format is asked about before any work is done."""
@@ -168,17 +182,19 @@ def capture_inputs(
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     device: torch.device,
     dtype: torch.dtype,
-    keep_on_host: bool = False,
+    keep: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> walk.Captured:
-    """Bring in what stands before the blocks, record the blocks' inputs, and let go again."""
+    """Bring in what stands before the blocks, record the blocks' inputs, and let go again.
+
+    keep: puts hidden states where they stay between uses; without it, on the device.
+    """
     brought: list[str] = []
     try:
         for name in before_blocks or outside(model, blocks_name):
             if _has_module(model, name):
                 brought.append(name)
                 weights.bring(name, device, dtype)
-        keep_on = torch.device("cpu") if keep_on_host else _activation_device(model, batches, device, dtype)
-        return walk.capture(model, blocks, batches, device, keep_on)
+        return walk.capture(model, blocks, batches, device, keep or keeper(device, "device"))
     finally:
         for name in brought:
             weights.let_go(name)
@@ -205,66 +221,196 @@ def _has_module(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _activation_device(
-    model: nn.Module, batches: Sequence[tuple[torch.Tensor, Any]], device: torch.device, dtype: torch.dtype
-) -> torch.device:
-    """Keep hidden states on the GPU when they take at most a fifth of what is free there, else on the host."""
-    if device.type != "cuda":
-        return device
-    width = int(getattr(model.config, "hidden_size", 0) or 8192)
-    size = sum(ids.numel() for ids, _ in batches) * width * dtype.itemsize
-    return device if size < torch.cuda.mem_get_info(device)[0] / 5 else torch.device("cpu")
+class _Inputs:
+    """The calibration as it stands between two blocks: the streams of hidden states and what blocks are called with."""
+
+    def __init__(self, job: Job, calibration: Calibration) -> None:
+        self.job, self.batches = job, calibration.batches(job.batch_size)
+        self.keep = "host" if job.algorithm.keep_on_host and job.room.keep == "device" else job.room.keep
+        self.captured = self._capture(keeper(job.device, self.keep))
+        self.float_inputs: walk.Stream | None = None
+        if job.algorithm.float_stream:
+            copy = keeper(job.device, self.keep)
+            self.float_inputs = walk.Stream([copy(hidden.clone()) for hidden in self.captured.stream.hidden])
+
+    def _capture(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> walk.Captured:
+        job, adapter = self.job, self.job.adapter
+        modules = [module for _, module in job.blocks]
+        return capture_inputs(
+            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, self.batches, job.device, job.dtype, keep
+        )  # fmt: skip
+
+    def shrink(self, reason: str) -> None:
+        """Halve the batches after memory ran out, or, when they hold one sequence each, move hidden states off the GPU.
+
+        Raises RunError when neither is left to do. What changes is the order of floating point sums.
+        """
+        streams = [stream for stream in (self.captured.stream, self.float_inputs) if stream is not None]
+        size = max(len(ids) for ids, _ in self.batches)
+        if self.job.algorithm.batch_size is not None or (size == 1 and self.keep != "device"):
+            raise RunError(
+                f"memory ran out with batches of {size} sequences ({reason}). "
+                "Give fewer tokens a sequence (seqlen), a smaller batch_size, more memory (max_memory), or another device."
+            )
+        if size == 1:
+            self.keep = "host" if self.job.device.type != "cpu" else "disk"
+            _log.warning("memory ran out: hidden states move off the device.")
+            for stream in streams:
+                stream.hidden[:] = map(keeper(self.job.device, self.keep), stream.hidden)
+            return
+        _log.warning(f"memory ran out: batches of {size} sequences are halved.")
+        for stream in streams:
+            cut = [_halves(hidden, ids) for hidden, (ids, _) in zip(stream.hidden, self.batches, strict=True)]
+            stream.moved = sum(map(len, cut[: stream.moved]))
+            stream.hidden[:] = [half for halves in cut for half in halves]
+        self.batches = [
+            (ids_half, mask_half)
+            for ids, mask in self.batches
+            for ids_half, mask_half in zip(
+                _halves(ids, ids), [None, None] if mask is None else _halves(mask, ids), strict=False
+            )
+        ]
+        again = self._capture(lambda x: x.new_empty(0))
+        self.captured.kwargs, self.captured.masks = again.kwargs, again.masks
+
+
+def _halves(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Cut what belongs to the sequences ids [batch, length] in two, where there are two. x: [batch, …], [length, batch, …] or
+    [batch * length, …].
+    """
+    count = len(ids)
+    if count == 1:
+        return [x]
+    dim = 1 if x.ndim > 2 and x.shape[0] != count and x.shape[1] == count else 0
+    step = x.shape[dim] // count
+    return list(torch.split(x, [step * (count - count // 2), step * (count // 2)], dim))
+
+
+class _Work:
+    """A block under work, or several that run as one: set up, and set up anew with smaller batches when memory runs out."""
+
+    def __init__(self, job: Job, indices: Sequence[int], inputs: _Inputs | None) -> None:
+        self.job, self.indices, self.inputs = job, indices, inputs
+        self.block = self._set_up()
+
+    def _set_up(self) -> walk.Block:
+        for index in self.indices:
+            self.job.weights.let_go(self.job.blocks[index][0])
+            self.job.weights.bring(self.job.blocks[index][0], self.job.device, self.job.dtype)
+        captured, float_inputs = (self.inputs.captured, self.inputs.float_inputs) if self.inputs else (None, None)
+        return _block_at(self.job, self.indices, captured, float_inputs)
+
+    def attempt(self, step: Callable[[walk.Block], T]) -> T:
+        """Return step(block), begun again with smaller batches when memory runs out."""
+        while True:
+            try:
+                return step(self.block)
+            except (RuntimeError, MemoryError) as error:
+                if self.inputs is None or not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            del self.block  # and, with the error, all that it held
+            self.inputs.shrink(reason)
+            self.block = self._set_up()
 
 
 def quantize_blocks(
     job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
 ) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
-    """Walk the blocks; yield (index, quantized weights on the CPU, records) for each, resumed ones included.
+    """Walk the blocks; yield (index, quantized weights, records) for each, resumed ones included.
 
-    `finished` is told of every newly quantized block.
+    Without a journal the weights are on the CPU. `finished` is told of every newly quantized block.
     """
-    modules = [module for _, module in job.blocks]
-    captured = None
-    float_inputs = None
-    if job.calibration is not None:
-        batches = job.calibration.batches(job.batch_size)
-        adapter = job.adapter
-        captured = capture_inputs(
-            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, batches, job.device, job.dtype,
-            job.algorithm.keep_on_host,
-        )  # fmt: skip
-        if job.algorithm.float_stream:
-            float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
-    at_once = job.algorithm.blocks_at_once
-    for first in range(0, len(job.blocks), at_once):
-        indices = list(range(first, min(first + at_once, len(job.blocks))))
-        try:
-            for index in indices:
-                job.weights.bring(job.blocks[index][0], job.device, job.dtype)
-            block = _block_at(job, indices, captured, float_inputs)
-            restored = [journal.read_block(index) if journal else None for index in indices]
-            done = [each for each in restored if each is not None]
-            if len(done) < len(indices):
-                done = _quantize(job, block, indices)
+    at_once, heap = job.algorithm.blocks_at_once, 0
+    with limited(job.device, job.room.limit), _Behind(job, journal, finished) as behind:
+        inputs = _Inputs(job, job.calibration) if job.calibration is not None else None
+        for first in range(0, len(job.blocks), at_once):
+            indices = list(range(first, min(first + at_once, len(job.blocks))))
+            try:
+                work = _Work(job, indices, inputs)
+                for index in range(indices[-1] + 1, min(indices[-1] + 1 + at_once, len(job.blocks))):
+                    job.weights.expect(job.blocks[index][0], job.device)
+                restored = [journal.read_block(index) if journal else None for index in indices]
+                done = [each for each in restored if each is not None]
+                if is_new := len(done) < len(indices):
+                    done = work.attempt(partial(_quantize, job, indices=indices))
                 for index, (results, records) in zip(indices, done, strict=True):
-                    if journal:
-                        journal.write_block(index, results, records)
-                    finished(index, records)
-            if captured is not None and indices[-1] + 1 < len(job.blocks):
-                if float_inputs is not None:
-                    block.float_outputs()
-                for linear, weight in (pair for results, _ in done for pair in results.items()):
-                    if not block.acts_as(linear, weight):
-                        block.replace(linear, weight)
-                block.advance(captured.stream)
-        finally:  # also of an interrupted run: a model in memory gets its own weights back
-            for index in indices:
-                job.weights.let_go(job.blocks[index][0])
-        del block, restored
-        _trim_heap()
-        for index, (results, records) in zip(indices, done, strict=True):
+                    behind.take(index, results, records, is_new)
+                if inputs is not None and indices[-1] + 1 < len(job.blocks):
+                    found = {name: weight for results, _ in done for name, weight in results.items()}
+                    work.attempt(partial(_move_on, inputs, found))
+            finally:  # also of an interrupted run: a model in memory gets its own weights back
+                for index in indices:
+                    job.weights.let_go(job.blocks[index][0])
+            del work, restored, done, results
+            found = {}
+            heap = _trim_heap(heap)
+            yield from behind.give()
+        yield from behind.give(all_of_them=True)
+
+
+def _move_on(inputs: _Inputs, found: Mapping[str, QuantizedWeight], block: walk.Block) -> None:
+    """Send the streams through a finished block."""
+    if inputs.float_inputs is not None:
+        block.float_outputs()
+    for linear, weight in found.items():
+        if not block.acts_as(linear, weight):
+            block.replace(linear, weight)
+    block.advance(inputs.captured.stream)
+
+
+class _Behind:
+    """Brings finished blocks to the host, packs and writes them on a thread of its own, while the next is quantized.
+
+    A GPU's run may be one block ahead of it, a CPU's not at all. An error there is raised by the next `give`; whatever ends the
+    run, what was taken is written first.
+    """
+
+    def __init__(
+        self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
+    ) -> None:
+        self.journal, self.finished = journal, finished
+        self.ahead = 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
+        self.stream: torch.cuda.Stream | None = None
+        if job.device.type == "cuda":
+            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
+        self.thread = ThreadPoolExecutor(1)
+        self.queue: deque[Future[_Finished]] = deque()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def take(
+        self, index: int, results: dict[str, QuantizedWeight], records: list[dict[str, Any]], is_new: bool
+    ) -> None:
+        """Take a block over; is_new: it was not read from the journal."""
+        ready = torch.cuda.current_stream(self.stream.device).record_event() if self.stream else None
+
+        def work() -> _Finished:
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                if self.stream and ready:
+                    self.stream.wait_event(ready)
+                if self.journal and is_new:
+                    self.journal.write_block(index, results, records)
+                    return index, results, records, is_new
+                return index, {name: weight.to("cpu") for name, weight in results.items()}, records, is_new
+
+        self.queue.append(self.thread.submit(work))
+
+    def give(self, all_of_them: bool = False) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+        """Yield the blocks that are written; wait for those it is too far behind with."""
+        ahead = 0 if all_of_them else self.ahead
+        while self.queue and (len(self.queue) > ahead or self.queue[0].done()):
+            index, results, records, is_new = self.queue.popleft().result()
+            if is_new:
+                self.finished(index, records)
             yield index, results, records
-        del done, results
+
+
+_Finished = tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]], bool]
 
 
 def _block_at(
@@ -286,15 +432,24 @@ def _block_at(
         kwargs = [{key: captured.kwargs[i][n] for key, i in children.items()} for n in batches] if captured else []
     dtype_of = job.weights.dtype_of
     return walk.make_block(
-        indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed
-    )
+        indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed,
+        job.room.memo_bytes,
+    )  # fmt: skip
 
 
-def _trim_heap() -> None:
-    """Hand a finished block's memory back to the system: what glibc keeps in pieces adds up over many blocks."""
+def _trim_heap(ceiling: int) -> int:
+    """Hand what glibc keeps in pieces of finished blocks back to the system once they have added up to a thirtieth.
+
+    ceiling: resident pages after the first block, 0 to measure; returned. Trimming after every block would let the next one
+    fault all its pages in anew, a tenth of a run's time.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim:
+    if not trim:
+        return 0
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if ceiling and pages > ceiling * 31 // 30:
         trim(0)
+    return ceiling or pages
 
 
 def _quantize(
@@ -331,9 +486,9 @@ def _quantize(
                 raise RunError(f"algorithm {job.algorithm.name!r} returned no fitting QuantizedWeight for {name}.")
             facts = {"name": name, "block": index, "shape": list(shape), **weight.config.model_dump()}
             facts["act_order"] = weight.act_order
-            records.append({**facts, "error": None, "seconds": seconds, **block.records[name]})
-        mine = {record["name"]: results[record["name"]].to("cpu") for record in records}
-        done.append((mine, records))
+            noted = {key: v.item() if isinstance(v, torch.Tensor) else v for key, v in block.records[name].items()}
+            records.append({**facts, "error": None, "seconds": seconds, **noted})
+        done.append(({record["name"]: results[record["name"]] for record in records}, records))
     return done
 
 
@@ -421,18 +576,21 @@ class Journal:
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
         write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
 
-    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
-        """Return a finished block, or None."""
+    def read_block(
+        self, index: int, only: str | None = None
+    ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+        """Return a finished block, or None. only: one of its linears, the others left out."""
         path = self._block(index)
         if not path.is_file():
             return None
         with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
             note = json.loads(handle.metadata()["qcore"])
-            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in note["configs"]}
+            configs = {n: QuantConfig(**each) for n, each in note["configs"].items() if only in (None, n)}
+            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in configs}
             for key in handle.keys():  # noqa: SIM118 (a handle is no dict)
                 name, _, part = key.rpartition("/")
-                parts[name][part] = handle.get_tensor(key).clone()
-        configs = {name: QuantConfig(**config) for name, config in note["configs"].items()}
+                if name in parts:
+                    parts[name][part] = handle.get_tensor(key).clone()
         return {name: QuantizedWeight.from_tensors(parts[name], configs[name]) for name in configs}, note["records"]
 
     def finish(self) -> None:
@@ -548,18 +706,13 @@ def journal_content(
     on_disk = {names.layer_on_disk(name): name for name in location}
     floats = {names.on_disk(name): name for name in weights.keys if name.rpartition(".")[0] not in location}
     strays = set(folder.tensors) - set(weights.keys.values())  # of no parameter: carried along
-    latest: dict[int, dict[str, QuantizedWeight]] = {}
 
     def weight(key: str) -> QuantizedWeight:
-        name = on_disk[key]
-        index = location[name]
-        if index not in latest:
-            latest.clear()
-            restored = journal.read_block(index)
-            if restored is None:
-                raise RunError(f"{journal.path} lost block {index} while the output was being written.")
-            latest[index] = restored[0]
-        return latest[index][name]
+        index = location[on_disk[key]]
+        restored = journal.read_block(index, only=on_disk[key])
+        if restored is None:
+            raise RunError(f"{journal.path} lost block {index} while the output was being written.")
+        return restored[0][on_disk[key]]
 
     specs = job.specs()
     act_order = {record["name"]: record["act_order"] for record in records}
@@ -587,9 +740,12 @@ def renamed(
 
 def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `qcore.json` says: how the folder was made, free of times so that equal runs write equal bytes."""
+    import transformers
+
     from . import __version__
 
-    return {"qcore": __version__, **description, "layers": without_times(records)}
+    versions = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**versions, **description, "layers": without_times(records)}
 
 
 def check_model(model: nn.Module, folder: ModelFolder | None) -> None:

@@ -30,7 +30,8 @@ class QuantizedWeight:
     config: bits, group_size, sym. sym promises that every zero is 2**(bits-1).
     bias: floating point [out], or None.
 
-    Raises CheckpointError when shapes, dtypes or values contradict each other.
+    Raises CheckpointError when shapes, dtypes or values contradict each other. Values are looked at on the host: those
+    that an accelerator still computes when they come there, as all do on the way to a file.
     """
 
     codes: Tensor
@@ -58,6 +59,10 @@ class QuantizedWeight:
         if self.bias is not None:
             self._expect(tuple(self.bias.shape) == (out,), f"bias must be [{out}], found {list(self.bias.shape)}")
         self._expect(out > 0 and columns > 0, f"a weight of shape [{out}, {columns}] is empty")
+        if self.codes.device.type == "cpu":
+            self._check_values(groups)
+
+    def _check_values(self, groups: int) -> None:
         if self.config.bits < 8:
             top = int(self.codes.max())
             self._expect(top <= self.config.maxq, f"code {top} is beyond {self.config.maxq} ({self.config.bits} bits)")
@@ -126,9 +131,11 @@ class QuantizedWeight:
         return None
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return a compact exact form (codes packed along the input) for journals."""
+        """Return a compact exact form (codes packed along the input) for journals, on the host; raises like the constructor."""
+        if self.codes.device.type != "cpu":
+            self._check_values(self.scales.shape[1])
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
-        return {"codes": pack(self.codes, self.bits), **tensors}
+        return {name: value.cpu() for name, value in {"codes": pack(self.codes, self.bits), **tensors}.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], config: QuantConfig) -> QuantizedWeight:

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -45,10 +45,12 @@ HESSIAN_BYTES = 4 * 10**9
 class Hessian:
     """Accumulates X'X [in, in] in float32 over batches, and, for float targets, X_float'X.
 
-    X'X is symmetric, so only panels on and right of the diagonal are computed.
+    X'X is symmetric, so only panels on and right of the diagonal are computed. Inputs of 16 bits go to a GPU's tensor cores
+    as they are: their products are exact in float32, and so are the sums kept.
     """
 
     PANEL = 256  # columns; narrower panels save more of the lower half, wider ones multiply faster
+    PANELS = 4  # of tensor cores, which want large products
 
     def __init__(self, columns: int, device: torch.device, with_cross: bool = False) -> None:
         self.sum = torch.zeros(columns, columns, device=device)
@@ -57,12 +59,14 @@ class Hessian:
 
     def add(self, X: Tensor, X_float: Tensor | None = None) -> None:
         """Add the tokens of X [tokens, in]; X_float are the same tokens in the float model."""
-        X = X.float()
-        for start in range(0, X.shape[1], self.PANEL):
-            stop = min(start + self.PANEL, X.shape[1])
-            self.sum[start:stop, start:].addmm_(X[:, start:stop].t(), X[:, start:])
-        if self.cross is not None and X_float is not None:
-            self.cross.addmm_(X_float.float().t(), X)
+        columns = X.shape[1]
+        panel = max(self.PANEL, -(-columns // self.PANELS)) if on_tensor_cores(X) else self.PANEL
+        X = X if on_tensor_cores(X) else X.float()
+        for start in range(0, columns, panel):
+            stop = min(start + panel, columns)
+            add_product(self.sum[start:stop, start:], X[:, start:stop].t(), X[:, start:])
+            if self.cross is not None and X_float is not None:
+                add_product(self.cross[start:stop], X_float[:, start:stop].to(X.dtype).t(), X)
         self.tokens += X.shape[0]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
@@ -73,6 +77,19 @@ class Hessian:
             H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
             H[stop:, start:stop] = H[start:stop, stop:].t()
         return H.div_(tokens), None if C is None else C.div_(tokens)
+
+
+def on_tensor_cores(X: Tensor) -> bool:
+    """Whether products of X with float32 sums run on a GPU's tensor cores, without rounding X first."""
+    return X.is_cuda and X.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """Add A @ B to total, float32 [m, n]. A [m, k], B [k, n]: float32, or 16 bits where `on_tensor_cores`."""
+    if A.dtype == torch.float32:
+        total.addmm_(A, B)
+    else:
+        total.add_(torch.mm(A, B, out_dtype=torch.float32))  # type: ignore[call-overload]
 
 
 def dampen_(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
@@ -90,23 +107,46 @@ def dampen_(H: Tensor, damp_percent: float, shrink: float) -> Tensor:
 
 
 def inverse_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, float] | None:
-    """Return (U [in, in] upper with U'U = inverse of the damped H[perm][:, perm], the damp_percent used).
+    """Return (U [in, in], damp_percent used) as `try_factor` finds U, the damping raised tenfold for as long as it fails."""
+    for damp in dampings(damp_percent):
+        U, good = try_factor(H, perm, damp, shrink)
+        if bool(good):
+            return U, damp
+    return None
+
+
+def dampings(damp_percent: float) -> Iterator[float]:
+    """What to try one after another until H can be factorized."""
+    while damp_percent <= 1e4:
+        yield damp_percent
+        damp_percent *= 10
+
+
+def try_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> tuple[Tensor, Tensor]:
+    """Return U [in, in] upper with U'U = inverse of the damped H[perm][:, perm], and whether it is that (bool []).
 
     One factorization: with rows and columns reversed, H = LL'; reversed back, L is an upper R with H = RR', and
-    U = inv(R). The damping is raised tenfold for as long as that fails; None when nothing helps. Beside H and what is
-    returned it takes no more than half as much memory again.
+    U = inv(R). Beside H and what is returned it takes no more than half as much memory again. The host does not wait.
     """
-    backwards = perm.flip(0)
-    damp = damp_percent
-    while damp <= 1e4:
-        A = dampen_(permuted(H, backwards), damp, shrink)
-        _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
-        if not int(failed):
-            U = turn_(invert_lower_(A))
-            if bool(torch.isfinite(U.sum())):  # one element that is not spoils the sum
-                return U, damp
-        damp *= 10
-    return None
+    A = dampen_(permuted(H, perm.flip(0)), damp_percent, shrink)
+    _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
+    U = turn_(invert_lower_(A))
+    return U, (failed == 0) & torch.isfinite(U.sum())  # one element that is not finite spoils the sum
+
+
+def ask(value: Tensor) -> Callable[[], bool]:
+    """Start reading a bool [] and return what waits for it: on a GPU only for work that was given to it before."""
+    if not value.is_cuda:
+        return lambda: bool(value)
+    copied, host = torch.cuda.Event(), torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    copied.record()
+
+    def wait() -> bool:
+        copied.synchronize()
+        return bool(host)
+
+    return wait
 
 
 def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
@@ -117,20 +157,50 @@ def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
     return A
 
 
-def invert_lower_(L: Tensor, strips: int = 4) -> Tensor:
-    """Invert a lower triangular L [n, n] in place, by halves: nearly all of it is matrix products.
+LEAF = 128  # rows of a triangle that is solved rather than halved
+
+
+def invert_lower_(L: Tensor) -> Tensor:
+    """Invert a lower triangular L [n, n] in place, from small blocks on its diagonal to ever larger ones.
+
+    Nearly all of it is matrix products; those of one size run together while they are small.
+    """
+    n = len(L)
+    eye = torch.eye(min(LEAF, n), dtype=L.dtype, device=L.device)
+    whole = n // LEAF
+    if whole:
+        leaves = _squares(L, 0, 0, LEAF, LEAF, whole)
+        leaves.copy_(torch.linalg.solve_triangular(leaves, eye, upper=False))
+    if n % LEAF:
+        rest = L[whole * LEAF :, whole * LEAF :]
+        rest.copy_(torch.linalg.solve_triangular(rest, eye[: len(rest), : len(rest)], upper=False))
+    size = LEAF
+    while size < n:
+        pairs = n // (2 * size) if size <= 8 * LEAF else 0
+        if pairs:
+            A, B, D = (_squares(L, *corner, size, 2 * size, pairs) for corner in ((0, 0), (size, 0), (size, size)))
+            B.copy_((D @ B).neg_() @ A)
+        for start in range(pairs * 2 * size, n - size, 2 * size):
+            _join_(L[start : start + 2 * size, start : start + 2 * size], size)
+        size *= 2
+    return L
+
+
+def _squares(L: Tensor, row: int, column: int, size: int, step: int, count: int) -> Tensor:
+    """Return a view [count, size, size] of L: the square at (row, column), and those `step` further down and right each."""
+    down, right = L.stride()
+    begin = L.storage_offset() + row * down + column * right
+    return L.as_strided((count, size, size), (step * (down + right), down, right), begin)
+
+
+def _join_(L: Tensor, half: int, strips: int = 4) -> Tensor:
+    """Invert a lower triangular L [n, n] in place whose two blocks of `half` and the rest on the diagonal are inverted already.
 
     Products with a triangle are made in strips, which leave out most of its zeros.
     """
-    n = len(L)
-    if n <= 128:
-        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
-    half = n // 2
-    A, B, D = invert_lower_(L[:half, :half]), L[half:, :half], invert_lower_(L[half:, half:])
-    width = -(-n // (2 * strips))
-    for start in reversed(
-        range(0, n - half, width)
-    ):  # B = -D B, the last rows first: they need all others as they were
+    A, B, D = L[:half, :half], L[half:, :half], L[half:, half:]
+    width = -(-half // strips)
+    for start in reversed(range(0, len(D), width)):  # B = -D B, the last rows first: they need all others as they were
         stop = start + width
         B[start:stop] = (D[start:stop, :stop] @ B[:stop]).neg_()
     for start in range(0, half, width):  # B = B A
@@ -207,22 +277,38 @@ Columns = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def solve(
-    W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params, quantize: Columns | None = None
+    W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params, quantize: Columns | None = None, check: bool = True
 ) -> Solution | None:
     """Quantize W [out, in] float32 so that tr((W - Q) H (W - Q)') is small; None when H cannot be factorized.
 
     Group grids are found from the live weights, as compensated so far, when a group's first column comes up; with
     static_groups beforehand, from W itself. The grid search weighs a column by 1/U_jj^2: what an error there costs after
-    the later columns have made up for it.
+    the later columns have made up for it. Without `check` it is the caller who looks whether scales are finite.
+
+    A GPU has all of the work before the host asks whether the factor was good, and is still at it when the answer comes.
     """
-    quantize = quantize or quantize_columns
+    size = W.shape[1] if config.group_size == -1 else config.group_size
+    perm = column_order(H.diagonal(), size, "act" if params.desc_act else params.order)
+    for damp_percent in dampings(params.damp_percent):
+        U, good = try_factor(H, perm, damp_percent, params.shrink)
+        answer = ask(good)
+        if not W.is_cuda and not answer():
+            continue
+        solution = solve_with(W, U, perm, config, params, quantize or quantize_columns)
+        if answer():
+            if check:
+                grid.check_scales(solution.scales)
+            solution.damp_percent = damp_percent
+            return solution
+    return None
+
+
+def solve_with(
+    W: Tensor, U: Tensor, perm: Tensor, config: QuantConfig, params: Gptq.Params, quantize: Columns
+) -> Solution:
+    """Quantize W [out, in] with the factor U [in, in] of H[perm][:, perm]; see `solve`."""
     rows, columns = W.shape
     size = columns if config.group_size == -1 else config.group_size
-    perm = column_order(H.diagonal(), size, "act" if params.desc_act else params.order)
-    factor = inverse_factor(H, perm, params.damp_percent, params.shrink)
-    if factor is None:
-        return None
-    U, damp_percent = factor
     inverse = perm.argsort()
     plain = grid.group_index(columns, config.group_size, W.device)
     visited = plain if params.desc_act and not params.static_groups else plain[perm]  # group of the i-th column
@@ -233,12 +319,12 @@ def solve(
     codes = W.new_empty(columns, rows, dtype=torch.uint8)
     panels = _panels(columns, size, params.block_size)
     Err = W.new_empty(max(panel[-1][1] - panel[0][0] for panel in panels), rows)
-    Wt = W.t().contiguous()  # [in, out], live: compensated as columns are done
     if params.static_groups:
+        Wt = W.t().contiguous()
         quantize(
             Wt, U[:0, :0], importance[inverse], plain, scales, zeros, codes[:0], Err[:0], size, config, params.grid
         )
-    Wt = Wt[perm]
+    Wt = W.t().index_select(0, perm)  # [in, out], live: compensated as columns are done
     for panel in panels:
         begin, end = panel[0][0], panel[-1][1]
         for start, stop in panel:
@@ -253,9 +339,8 @@ def solve(
             )  # fmt: skip
             Wt[stop:end].addmm_(U[start:stop, stop:end].t(), err, alpha=-1)
         Wt[end:].addmm_(U[begin:end, end:].t(), Err[: end - begin], alpha=-1)
-    grid.check_scales(scales)
     g_idx = visited[inverse].to(torch.int32).contiguous()
-    return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, damp_percent)
+    return Solution(codes[inverse].t(), scales.t(), zeros.t(), g_idx, params.damp_percent)
 
 
 def quantize_columns(
@@ -375,9 +460,9 @@ def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, in
     return [run[i : i + PANEL] for run in runs.values() for i in range(0, len(run), PANEL)]
 
 
-def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone."""
-    return float((energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt())
+def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []."""
+    return (energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt()
 
 
 def energy(W: Tensor, H: Tensor) -> Tensor:
@@ -386,9 +471,17 @@ def energy(W: Tensor, H: Tensor) -> Tensor:
     total = W.new_zeros(())
     for start in range(0, len(H), panel):
         stop = start + panel
-        product = (W[:, stop:] @ H[stop:, start:stop]).mul_(2).addmm_(W[:, start:stop], H[start:stop, start:stop])
+        product = roughly(W[:, stop:], H[stop:, start:stop]).mul_(2)
+        product += roughly(W[:, start:stop], H[start:stop, start:stop])
         total += product.mul_(W[:, start:stop]).sum()
     return total
+
+
+def roughly(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B, on a GPU from inputs rounded to bfloat16: for sums of very many of its elements."""
+    if A.is_cuda and A.dtype == torch.float32 and on_tensor_cores(rounded := A.bfloat16()):
+        return torch.mm(rounded, B.bfloat16(), out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+    return A @ B
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -447,14 +540,16 @@ class Gptq(Algorithm):
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Quantize the groups of linears that share an input, in the order they run."""
         results: dict[str, QuantizedWeight] = {}
+        checks = Checks()
         for groups in self._rounds(block):
             hessians = self._hessians(block, [group[0] for group in groups])
             found: dict[str, QuantizedWeight] = {}
             for group in groups:
-                found |= self._quantize_group(block, group, hessians.get(group[0]))
+                found |= self._quantize_group(block, group, hessians.pop(group[0], None), checks)
             for name, weight in found.items():
                 block.replace(name, weight)
             results |= found
+        checks.settle()
         return results
 
     def _rounds(self, block: BlockContext) -> Iterator[list[tuple[str, ...]]]:
@@ -484,24 +579,26 @@ class Gptq(Algorithm):
         return hessians
 
     def _quantize_group(
-        self, block: BlockContext, group: tuple[str, ...], hessian: Hessian | None
+        self, block: BlockContext, group: tuple[str, ...], hessian: Hessian | None, checks: Checks
     ) -> dict[str, QuantizedWeight]:
         """Quantize linears that share H stacked, once per distinct config."""
         if hessian is None or hessian.tokens == 0:
             return {name: self._plain(block, name, "no calibration token reached it") for name in group}
         H, C = hessian.finish()
-        if not bool(torch.isfinite(H).all()):
-            raise ModelError(f"the inputs of {group[0]} hold NaN or Inf: its activations overflow.")
+        checks.settle()  # of groups before this one: a GPU is done with them
+        checks.add(torch.isfinite(H.diagonal()).all(), partial(_refuse_inputs, group[0]))
         results: dict[str, QuantizedWeight] = {}
         for config in dict.fromkeys(block.linears[name].config for name in group):
             names = [name for name in group if block.linears[name].config == config]
             W = torch.cat([block.linears[name].weight.float() for name in names])
             target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
             _, quantize = solver_for(self.params.solver, target.device)
-            solution = solve(target, H, config, self.params, quantize)
+            solution = solve(target, H, config, self.params, quantize, check=False)
             if solution is None:
+                checks.settle()
                 results |= {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
                 continue
+            checks.add(torch.isfinite(solution.scales).all(), partial(grid.check_scales, solution.scales))
             start = 0
             for name in names:
                 linear = block.linears[name]
@@ -528,6 +625,30 @@ class Gptq(Algorithm):
         error = None if H is None else relative_error(linear.weight.float(), weight.dequantize(), H)
         block.record(name, error=error, note=f"rounded to nearest: {why}")
         return weight
+
+
+class Checks:
+    """Conditions looked at once a GPU has long computed them, so that it never waits for the host; on a CPU at once."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+
+    def add(self, holds: Tensor, refuse: Callable[[], None]) -> None:
+        """Note a condition, bool [], and what raises the error if it does not hold."""
+        self.open.append((ask(holds), refuse))
+        if not holds.is_cuda:
+            self.settle()
+
+    def settle(self) -> None:
+        """Raise the first error there is."""
+        for holds, refuse in self.open:
+            if not holds():
+                refuse()
+        self.open.clear()
+
+
+def _refuse_inputs(name: str) -> None:
+    raise ModelError(f"the inputs of {name} hold NaN or Inf: its activations overflow.")
 
 
 @hookimpl

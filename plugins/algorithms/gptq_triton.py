@@ -14,6 +14,7 @@ grids, are searched from memory by a kernel of their own. Importing this imports
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -203,7 +204,6 @@ def _search(tile, some, W, importance, first, last, r, rows, ldw, maxq, middle,
     gain, ratio = tl.zeros_like(full), tl.zeros_like(full) + 1.0
     best, zero = ratio, at_start
     around, at = ratio, zero
-    distance = 0.06
     # 6 ranges, then two near the best at half the distance, twice, then the line that fits the codes found
     for offer in range(POINTS * VARIANTS + 5):
         if offer < POINTS * VARIANTS:
@@ -218,9 +218,10 @@ def _search(tile, some, W, importance, first, last, r, rows, ldw, maxq, middle,
                 z = _between(at_start + shift, 1.0, maxq)
         elif offer < POINTS * VARIANTS + 4:
             turn = offer - POINTS * VARIANTS
-            if turn % 2 == 0:
-                around, at = ratio, zero
-                distance = tl.where(turn == 0, 0.06, 0.03)
+            # where, not if: a name that only an if gives another name's value is not carried to the next round of the loop
+            around = tl.where(turn % 2 == 0, ratio, around)
+            at = tl.where(turn % 2 == 0, zero, at)
+            distance = tl.where(turn < 2, 0.06, 0.03)
             step = around + tl.where(turn % 2 == 0, -distance, distance)
             z = at
         elif SYM:
@@ -307,7 +308,7 @@ def columns_kernel(W, U, importance, group_of, scales, zeros, codes, Err, rows, 
         tl.store(err_at, err, mask=live)
         code_at += ldc
         err_at += lde
-        tile -= tl.where(c > i, row, 0.0)[:, None] * err[None, :]
+        tile -= row[:, None] * err[None, :]  # U is upper: its row holds zeros for the columns that are done
         row, diagonal = row_ahead, diagonal_ahead
 
 
@@ -357,6 +358,7 @@ def quantize_columns(
         )  # fmt: skip
 
 
+@cache
 def label() -> str:
     """What tells one version's results from another's: triton's, and the hash of this file."""
     return f"triton {triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"

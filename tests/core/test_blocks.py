@@ -384,3 +384,59 @@ def test_blocks_in_a_row_run_as_one():
     hidden = model.embed(torch.stack(tiny_tokens(2)))
     expected = model.blocks[1](model.blocks[0](hidden, scale=0.5), scale=0.25)
     assert torch.equal(span(hidden, **{"0": {"scale": 0.5}, "1": {"scale": 0.25}}), expected)
+
+
+def walked(budget, settings, monkeypatch, weights_of):
+    """Quantize a small Llama with that much room for kept outputs; return weights, and calls of q_proj block by block."""
+    monkeypatch.setattr(qcore.memory, "MEMO_BYTES", budget)
+    model = tiny_transformer("llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                             num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    calls = [0] * 3
+    for index, block in enumerate(model.model.layers):
+        original = block.self_attn.q_proj
+
+        def count(module, args, output, index=index):
+            calls[index] += 1
+
+        original.register_forward_hook(count)
+    tokens = tiny_tokens(6, vocabulary=320)
+    quantized_model = qcore.quantize(model, "gptq", group_size=32, calibration=tokens, batch_size=2, **settings)
+    return weights_of(quantized_model), calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"true_sequential": False}, {"float_targets": 0.5}], ids=str)
+def test_the_input_of_a_closing_linear_spares_running_what_leads_to_it(monkeypatch, weights_of, settings):
+    wanted, many = walked(0, settings, monkeypatch, weights_of)
+    for budget in (20_000, 10**9):  # a batch of hidden states has 16 kB
+        found, few = walked(budget, settings, monkeypatch, weights_of)
+        assert all(wanted[name].equal(found[name]) for name in wanted)
+        assert sum(few) < sum(many) or "true_sequential" in settings  # seen in one replay: nothing runs twice
+    if not settings:
+        assert few[1] == few[2] == 3  # once a batch; watching q_proj itself stops in front of it
+        assert many == [12, 12, 9]  # to watch o, gate and down, and, but for the last block, to move on
+
+
+def test_a_kept_input_is_dropped_when_what_leads_to_it_changes():
+    model = tiny_transformer("llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    captured = captured_of(model, [(torch.stack(tiny_tokens(2, vocabulary=320)), None)], "model.layers", ())
+    stages = [[("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")], [("self_attn.o_proj",)]]
+    names = [f"model.layers.0.{short}" for stage in stages for group in stage for short in group]
+    outputs = []
+    for keep in (False, True):
+        block = walk.make_block(0, "model.layers.0", model.model.layers[0], stages, dict.fromkeys(names, QuantConfig(group_size=32)),
+                                lambda name: torch.float32, captured, captured.kwargs[0], None, CPU, 0)  # fmt: skip
+        block.memo_bytes = 10**9 if keep else 0
+        weights = {name: random_weight(64, 64, QuantConfig(group_size=32)) for name in names}
+        for _ in range(2):  # the second time it is known that o_proj closes attention
+            for name in names[:3]:
+                block.replace(name, weights[name])
+            seen = observed(block, names[3:])
+            block.replace(names[3], weights[names[3]])
+            block.replace(names[0], random_weight(64, 64, QuantConfig(group_size=32), seed=5))
+            stream = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
+            block.advance(stream)
+        outputs.append([*seen[names[3]], *stream.hidden])
+        for name, linear in block.linears.items():
+            walk.set_weight(block._module(name), linear.weight)
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))

@@ -68,4 +68,4 @@ def test_the_error_is_that_of_the_outputs(columns):
     X, W = torch.randn(40, columns, generator=generator), torch.randn(9, columns, generator=generator)
     Q = W + 0.1 * torch.randn(9, columns, generator=generator)
     expected = float(((W - Q) @ X.t()).norm() / (W @ X.t()).norm())
-    assert gptq.relative_error(W, Q, X.t() @ X / 40) == pytest.approx(expected, rel=1e-4)
+    assert float(gptq.relative_error(W, Q, X.t() @ X / 40)) == pytest.approx(expected, rel=1e-4)
