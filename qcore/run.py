@@ -570,7 +570,9 @@ class Journal:
     def write_block(self, index: int, results: Mapping[str, QuantizedWeight], records: list[dict[str, Any]]) -> None:
         """Keep a finished block, atomically."""
         tensors = {
-            f"{name}/{part}": t.clone() for name, weight in results.items() for part, t in weight.to_tensors().items()
+            f"{name}/{part}": t.clone(memory_format=torch.contiguous_format)
+            for name, weight in results.items()
+            for part, t in weight.to_tensors().items()
         }
         configs = {name: weight.config.model_dump() for name, weight in results.items()}
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
