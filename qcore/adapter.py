@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,11 @@ def find_block_list(model: nn.Module) -> str:
 
 def text_decoder(model: nn.Module) -> str:
     """The prefix of the names inside a model's text decoder, as the model itself tells it; empty for all of it."""
+    from torch import nn
+
     decoder = getattr(model, "get_decoder", lambda: None)()
+    if isinstance(decoder, nn.Linear):  # ModernBERT calls its output head so
+        return ""
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
@@ -157,7 +161,8 @@ def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[S
     """Make an adapter for a model nobody declared.
 
     order_of_use: runs one forward pass and returns, for each kind of block in the list of the given name, the groups of
-    linears that received the very same input, in the order they ran (blocks.py watches it).
+    linears that received the very same input, in the order they ran (blocks.py watches it). One that did not run as a
+    linear (Mamba reads the weights of its dt_proj, Llama 4's router also chooses) stays in float.
     """
     blocks = find_block_list(model)
     groups = _merge(
@@ -165,32 +170,39 @@ def discover(model: nn.Module, order_of_use: Callable[[str], Sequence[Sequence[S
     )
     inside = [linears_in(block) for block in model.get_submodule(blocks).children()]
     routers = tuple(dict.fromkeys(name for present in inside for name in present if _is_router(name, present)))
-    kept = [tuple(name for name in group if name not in routers) for group in groups]
-    decoder = text_decoder(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    named = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
-    beside = sum(linear_size(module) for name, module in named if not name.startswith(decoder))
-    shared = sum(len(group) for group in kept)
-    inputs = sum(1 for group in kept if group)
+    ran = {name for group in groups for name in group}
+    unused = tuple(dict.fromkeys(name for present in inside for name in map(_any_expert, present) if name not in ran))
+    kept = [group for each in groups if (group := tuple(name for name in each if name not in routers))]
     return ModelAdapter(
         name="generic",
         model_types=(),
         blocks=blocks,
-        linear_groups=tuple(group for group in kept if group),
-        keep_float=routers,
-        notes=(
-            f"took {blocks!r} for the decoder blocks",
-            f"saw {shared} linears with {inputs} distinct inputs",
-            *(
-                [
-                    f"quantizes the language model, {decoder[:-1]!r}, only; {beside:,} weights of other parts stay in float"
-                ]
-                if beside
-                else []
-            ),
-            *([f"took {name_list(routers)} for routers, which stay in float"] if routers else []),
-        ),
+        linear_groups=tuple(kept),
+        keep_float=(*routers, *unused),
+        notes=tuple(_assumed(model, blocks, kept, routers, unused)),
     )
+
+
+def _assumed(
+    model: nn.Module, blocks: str, groups: Sequence[Sequence[str]], routers: Sequence[str], unused: Sequence[str]
+) -> Iterator[str]:
+    """Say what the generic adapter took for what."""
+    yield f"took {blocks!r} for the decoder blocks"
+    yield f"saw {sum(map(len, groups))} linears with {len(groups)} distinct inputs"
+    decoder = text_decoder(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    beside = sum(linear_size(module) for name, module in named if not name.startswith(decoder))
+    if beside:
+        yield f"quantizes the language model, {decoder[:-1]!r}, only; {beside:,} weights of other parts stay in float"
+    if routers:
+        yield f"took {name_list(routers)} for routers, which stay in float"
+    if unused:
+        yield f"did not see {name_list(unused)} used as plain linears; they stay in float"
+    parameters = [*model.get_submodule(blocks).named_parameters(blocks)]
+    fused = {name: parameter.numel() for name, parameter in parameters if parameter.ndim > 2}
+    if fused:
+        yield f"leaves {sum(fused.values()):,} weights in float that are in no linear ({name_list(fused, 2)})"
 
 
 def _merge(kinds: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, ...]]:
@@ -216,6 +228,12 @@ def _any_expert(name: str) -> str:
 
 
 def _is_router(name: str, present: Sequence[str]) -> bool:
-    """Whether a linear stands right beside experts: what routes to them or weighs a shared one."""
+    """Whether a linear stands right beside experts, itself or in a module of its own: what routes to them or weighs a
+    shared one.
+    """
+    if ".experts." in f".{name}":
+        return False
     parent = name.rpartition(".")[0]
-    return any(other.startswith(f"{parent}.experts.".lstrip(".")) for other in present) and ".experts." not in name
+    alone = sum(other.startswith(f"{parent}.") for other in present) == 1
+    homes = (parent, parent.rpartition(".")[0]) if alone and parent else (parent,)
+    return any(other.startswith(f"{home}.experts.".lstrip(".")) for other in present for home in homes)

@@ -450,6 +450,7 @@ def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     description = {k: v for k, v in info.report.items() if k != "layers"}
     config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
     config.pop("quantization_config", None)
+    config["architectures"] = config.get("architectures") or [type(model).__name__]
     with tempfile.TemporaryDirectory() as scratch:
         files = dict(info.files)
         tokenizer = tokenizer or (None if files else info.tokenizer)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import is_linear, linears_in
+from .adapter import is_linear
 from .algorithm import Linear, Task, TotalT
 from .config import QuantConfig
 from .errors import ModelError, RunError
@@ -784,10 +784,14 @@ def make_block(
 @torch.no_grad()
 def check_causal(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], model: str) -> None:
     """Raise ModelError when what a block makes of the first tokens depends on the last one. hidden: one sequence."""
+
+    def by_token(x: Tensor) -> Tensor:  # from [1, length, …], [length, 1, …] or [length, hidden]
+        return x.flatten(0, 1) if x.ndim > 2 else x
+
     changed = hidden.clone()
-    changed.view(-1, hidden.shape[-1])[-1].neg_()
+    by_token(changed)[-1].neg_()
     first, second = (_first_output(module(x, **kwargs)) for x in (hidden.clone(), changed))
-    earlier = [x.reshape(-1, x.shape[-1])[:-1].float() for x in (first, second)]
+    earlier = [by_token(x)[:-1].float() for x in (first, second)]
     if float((earlier[0] - earlier[1]).norm()) > 1e-2 * float(earlier[0].norm()):
         raise ModelError(
             f"{model} is no causal language model: in its block {type(module).__name__} earlier tokens see later ones. "
@@ -815,13 +819,18 @@ def all_experts(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
-    """Run one block and number the inputs of its linears, which stand in the order they ran; equal numbers: one tensor."""
+    """Run one block and number the inputs of its linears, which stand in the order they ran; equal numbers: one tensor.
+
+    A linear that computes more or less than its product (a router that also chooses) counts as not run.
+    """
     inputs: list[tuple[Tensor, int]] = []
     numbers: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def note(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0]
+            if not _is_product(linear, x, output):
+                return
             for number, (known, version) in enumerate(inputs):
                 same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
                 if same and known.shape[-1] == x.shape[-1]:
@@ -832,7 +841,7 @@ def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict
 
         return note
 
-    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
+    hooks = [m.register_forward_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
     try:
         module(hidden, **kwargs)
     finally:
@@ -841,13 +850,18 @@ def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict
     return numbers
 
 
+def _is_product(linear: Any, x: Tensor, output: Any) -> bool:
+    expected = nn.functional.linear(x, weight_of(linear), linear.bias)
+    same_shape = isinstance(output, Tensor) and output.shape == expected.shape
+    return same_shape and float((output - expected).float().norm()) <= 1e-2 * float(expected.float().norm())
+
+
 def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
     """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
 
-    Linears that did not run (experts no token went to) come last, each alone.
+    Linears that did not run, as linears, are left out.
     """
-    numbers = inputs_of(module, hidden, kwargs)
     groups: dict[int, list[str]] = {}
-    for name, number in numbers.items():
+    for name, number in inputs_of(module, hidden, kwargs).items():
         groups.setdefault(number, []).append(name)
-    return [*map(tuple, groups.values()), *((name,) for name in linears_in(module) if name not in numbers)]
+    return [tuple(names) for names in groups.values()]

@@ -73,7 +73,7 @@ def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> froze
     A model_type that transformers does not know has code of its own, which is not run; its linears are taken for nn.Linear.
     """
     from accelerate import init_empty_weights
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.pytorch_utils import Conv1D
 
     values = dict(config)
@@ -81,13 +81,16 @@ def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> froze
     if kind not in CONFIG_MAPPING:
         return frozenset()
     with _transformers_errors(f"a config of model_type {kind!r}"), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+        settled = AutoConfig.for_model(kind, **values)
+        model = auto_class(settled, f"a config of model_type {kind!r}").from_config(settled)
     conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     return frozenset(conv.intersection(names))
 
 
 def auto_class(config: Any, what: str) -> Any:
     """Return the transformers class that opens a model: a causal language model, or one that also sees images.
+
+    Where both can, the one that its `architectures` names: opening Qwen3.5 as a language model would drop its vision part.
 
     Raises ModelError for encoder-decoder models and for those that are no language model at all.
     """
@@ -97,9 +100,13 @@ def auto_class(config: Any, what: str) -> Any:
     refuse_encoder_decoder(config, what)
     known = {"AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
     known["AutoModelForImageTextToText"] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    for name, mapping in known.items():
-        if type(config) in mapping or name in (getattr(config, "auto_map", None) or {}):
+    own, written = getattr(config, "auto_map", None) or {}, getattr(config, "architectures", None) or ()
+    opens = [name for name, mapping in known.items() if type(config) in mapping or name in own]
+    for name in opens:
+        if name not in own and getattr(known[name][type(config)], "__name__", None) in written:
             return getattr(transformers, name)
+    if opens:
+        return getattr(transformers, opens[0])
     raise ModelError(
         f"{what} is a model of type {config.model_type!r}, for which transformers has no causal language model "
         "(AutoModelForCausalLM, AutoModelForImageTextToText); qcore quantizes those."
@@ -173,7 +180,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError):
+    except (OSError, ValueError, ImportError, TypeError):  # TypeError: an old kind that looks for files and finds None
         return None
     except Exception as error:  # the tokenizers library knows no other kind
         raise ModelError(f"the tokenizer of {folder} cannot be read: {error}") from error
@@ -336,7 +343,10 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         from transformers.core_model_loading import PrefixChange, WeightRenaming
 
-        rules = [rule for rule in conversions(model) if isinstance(rule, WeightRenaming)]
+        found = conversions(model)
+        rules = [rule for rule in found if isinstance(rule, WeightRenaming)]
+        others = [rule for rule in found if not isinstance(rule, WeightRenaming)]
+        self.one_to_one = all("experts" in source for rule in others for source in rule.source_patterns)
         self._rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
         self._back = [rule.reverse_transform() for rule in reversed(self._rules)]
         self._own = set(model.state_dict())
@@ -406,9 +416,16 @@ def _locate(
         elif name not in tied and not _is_buffer(model, name):
             missing.append(name)
     if missing and not partial:
+        merged = (
+            ""
+            if names.one_to_one
+            else (
+                " Or transformers makes them of other tensors while loading: then quantize the model in memory, as a module."
+            )
+        )
         raise ModelError(
             f"the checkpoint has no tensor for {len(missing)} parameters of {type(model).__name__}: "
-            f"{name_list(missing, 5)}. It is incomplete or of another architecture."
+            f"{name_list(missing, 5)}. It is incomplete or of another architecture.{merged}"
         )
     return keys, fused
 

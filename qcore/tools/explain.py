@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from .. import grid
-from ..adapter import ModelAdapter, _any_expert, is_linear, linears_in
+from ..adapter import ModelAdapter, _any_expert, is_linear
 from ..algorithm import Algorithm
 from ..api import DEFAULT_ALGORITHM, _algorithm, _longest, make_job, pick_device
 from ..checkpoint import FolderExporter, ModelFolder, ShardWriter, check_output, resolve_model
 from ..config import Override, QuantConfig
+from ..experts import Experts
 from ..exporter import Exporter
 from ..memory import parse_bytes
 from ..model import FolderWeights, Names, _get, skeleton, stored_dtype
@@ -210,33 +211,35 @@ def _kept_float(
 ) -> list[dict[str, Any]]:
     """What is not quantized, by reason."""
     reasons: dict[str, list[tuple[str, int]]] = {}
-    routers = {
-        f"{name}.{short}"
-        for name, block in adapter.find_blocks(model)
-        for short in linears_in(block)
-        if adapter.keeps_float(short)
-    }
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        module = model.get_submodule(owner)
-        if linears.get(owner) is not None and name.endswith(".weight"):
-            continue
-        inside = owner.startswith(f"{adapter.blocks}.")
-        if owner in routers:
-            why = "routers: few weights that decide much"
-        elif owner in linears:
-            why = "biases" if name.endswith(".bias") else "skipped by an override"
-        elif not inside:
-            why = "outside the decoder blocks (embeddings, output head, other towers)"
-        elif is_linear(module):
-            why = "linears that the adapter names in no group"
-        else:
-            why = "norms and other small parameters" if parameter.ndim < 3 else "fused in a way that is not known here"
-        reasons.setdefault(why, []).append((name, parameter.numel()))
+        owner, _, part = name.rpartition(".")
+        if linears.get(owner) is None or part != "weight":
+            why = _why_float(model, adapter, linears, owner, part)
+            reasons.setdefault(why, []).append((name, parameter.numel()))
     return [
         {"why": why, "tensors": len(found), "weights": sum(size for _, size in found), "example": found[0][0]}
         for why, found in reasons.items()
     ]
+
+
+def _why_float(
+    model: nn.Module, adapter: ModelAdapter, linears: dict[str, QuantConfig | None], owner: str, part: str
+) -> str:
+    """Why a parameter, called `part` in the module `owner`, stays in float."""
+    block, found, inside = owner.partition(f"{adapter.blocks}.")
+    short, module = inside.partition(".")[2], model.get_submodule(owner)
+    if block or not found:
+        return "outside the decoder blocks (embeddings, output head, other towers)"
+    if owner in linears:
+        return "biases" if part == "bias" else "skipped by an override"
+    if isinstance(getattr(model.get_submodule(owner.rpartition(".")[0]), "experts", None), Experts):
+        return "routers: few weights that decide much"
+    if is_linear(module):
+        return "linears that the adapter keeps in float" if adapter.keeps_float(short) else "linears in no group"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return "convolutions"
+    fused = getattr(module, part).ndim > 2
+    return "fused in a way that is not known here" if fused else "norms and other small parameters"
 
 
 def _cost(

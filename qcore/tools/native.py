@@ -6,6 +6,7 @@ would do for the `quant_method`s of the installed formats; nothing is replaced b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..api import info_of, open_content
 from ..errors import CheckpointError
+from ..experts import unfuse
 from ..exporter import Content
 from ..linear import QuantLinear, replace_module
-from ..model import Placement, WeightSource, load_tokenizer
+from ..model import Names, Placement, WeightSource, load_tokenizer
 from ..plugins import Plugins, installed
 
 
@@ -78,6 +80,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
     wanted: str
     content: Content
     folder: Path
+    layers: dict[str, str]  # name in the model -> name on disk
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -86,17 +89,20 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError("qcore opens quantized models from folders, not from state dicts.")
         self.folder = Path(checkpoint_files[0]).parent
         _, self.content = open_content(self.folder, self.offered)
-        for name, layer in self.content.layers.items():
+        unfuse(model)
+        names = Names(model)
+        self.layers = {names.layer_in_model(key): key for key in self.content.layers}
+        for name, key in self.layers.items():
             try:
                 model.get_submodule(name)
             except AttributeError:
                 raise CheckpointError(
-                    f"{self.folder}: quantized layer {layer.name} is not in {type(model).__name__}."
+                    f"{self.folder}: quantized layer {key} is not in {type(model).__name__}."
                 ) from None
             replace_module(model, name, nn.Identity())
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {  # type: ignore[assignment]
-            rf"^{name.replace('.', chr(92) + '.')}\." for name in self.content.layers
+            rf"^{re.escape(name)}\." for name in self.layers
         }
         return model
 
@@ -106,10 +112,10 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         backends = self.offered.usable("backend")
         if self.wanted != "auto":
             backends = {self.wanted: self.offered.get("backend", self.wanted)}
-        for name in self.content.layers:
+        for name, key in self.layers.items():
             place = places(name)
-            source = WeightSource(self.content, name)
-            weight = self.content.weight(name).to(place)
+            source = WeightSource(self.content, key)
+            weight = self.content.weight(key).to(place)
             replace_module(
                 model, name, QuantLinear(weight, backends.values(), place, parameter.dtype, source, self.wanted)
             )

@@ -25,7 +25,8 @@ def test_every_weight_is_accounted_for_once(sparse):
     in_folder = sum(torch.Size(info.shape).numel() for info in ModelFolder(sparse).tensors.values())
     assert plan["quantized"] + sum(kept["weights"] for kept in plan["float"]) == in_folder
     reasons = {kept["why"].partition(":")[0]: kept for kept in plan["float"]}
-    assert reasons["routers"]["example"] == "model.layers.1.mlp.shared_expert_gate.weight"
+    assert reasons["routers"]["example"] == "model.layers.1.mlp.gate.weight"
+    assert reasons["routers"]["tensors"] == 2  # what chooses experts, and what weighs the shared one
     assert {"biases", "norms and other small parameters"} <= set(reasons)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
+from zoo import build
 
 import qcore
 from qcore import CheckpointError, QuantLinear
@@ -39,6 +40,19 @@ def test_from_pretrained_answers_as_qcore_load_does(as_before, monkeypatch, gptq
     with torch.no_grad():
         assert torch.equal(model(ids).logits, qcore.load(folder, backend="torch_reference")(ids).logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 35)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # names on disk other than the model's; experts fused on disk
+def test_experts_one_by_one_are_read_by_transformers_too(as_before, name, tmp_path, tokens):
+    build(name).save_pretrained(tmp_path / "float")
+    folder = qcore.quantize(tmp_path / "float", "rtn", group_size=32, output=tmp_path / "out")
+    qcore.use_in_transformers(backend="torch_reference")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = tokens[0][None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, qcore.load(folder, backend="torch_reference")(ids).logits)
 
 
 def test_what_transformers_opened_can_be_saved_in_any_format(as_before, gptq, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import DENSE, REMOTE, SPARSE, UNDECLARED, ZOO, build
+from zoo import ALGORITHMS, DENSE, REMOTE, SPARSE, UNDECLARED, ZOO, build, fresh
 
 import qcore
 from qcore import Algorithm, QuantLinear
@@ -13,8 +13,6 @@ from qcore.plugins import installed
 from qcore.run import find_adapter
 from qcore.testing import check_adapter
 
-#: algorithm -> options that make it quick
-ALGORITHMS = {"gptq": {}, "autoround": {"iters": 3, "bs": 4}}
 CPU = torch.device("cpu")
 #: 8 bits with groups of 32 round to 0.4 % of a group's largest weight; two blocks of it move the logits of these
 #: models by 0.1 to 2 %. A linear whose input was missed, or whose rows went astray, moves them by far more.
@@ -109,16 +107,16 @@ class Watching(Algorithm):
 SEEN = {}
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_a_linear_is_shown_what_it_gets_in_a_plain_forward_pass(name, tokens, weights_of):
+@pytest.mark.parametrize("name", [*ZOO, *REMOTE])
+def test_a_linear_is_shown_what_it_gets_in_a_plain_forward_pass(name, tokens, weights_of, tmp_path):
     SEEN.clear()
     settings = {"bits": 3, "group_size": 32, "calibration": tokens[:2], "seqlen": 32, "batch_size": 1}
-    quantized = qcore.quantize(build(name), Watching(), **settings)
+    quantized = qcore.quantize(fresh(name, tmp_path), Watching(), **settings)
     weights = weights_of(quantized)
     starved = {
         layer["name"] for layer in qcore.report(quantized)["layers"] if "calibrated on all" in layer.get("note", "")
     }
-    plain = build(name)
+    plain = fresh(name, tmp_path)
     for block_name, block in adapter_of(plain).find_blocks(plain):
         for group in adapter_of(plain).groups_in(block):
             for linear in (f"{block_name}.{short}" for short in group):
@@ -148,5 +146,5 @@ def test_nothing_here_claims_mistral():
     claimed = {kind for plugin in ours for _, _, offer in plugin.offers for kind in getattr(offer, "model_types", ())}
     assert claimed
     assert "mistral" not in claimed
-    remote = {"RefinedWeb", "RefinedWebModel", *(model_type for model_type, *_ in REMOTE.values())}
+    remote = {*REMOTE, *(file for file, *_ in REMOTE.values())}
     assert claimed <= {name.partition("/")[0] for name in {**DENSE, **SPARSE}} | remote

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from zoo import REMOTE, write_repository
+from zoo import ALGORITHMS, REMOTE, write_repository
 
 import qcore
-from qcore import Algorithm, ModelError
+from qcore import Algorithm, ModelError, QuantLinear
 from qcore.checkpoint import ModelFolder
 from qcore.model import ModuleWeights, load_float
 from qcore.plugins import installed
@@ -35,23 +35,31 @@ def test_without_the_word_it_is_refused(repository, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_with_the_word_it_is_quantized_and_loaded(repository, tmp_path, tokens):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_with_the_word_it_is_quantized_and_loaded(repository, algorithm, tmp_path, tokens):
     repository, original = repository
     ids = tokens[0][None]
     expected = logits(original, ids)
     assert torch.equal(logits(load_float(ModelFolder(repository), True), ids), expected)
-    settings = {"bits": 8, "group_size": 32, "calibration": tokens, "seqlen": 32, "trust_remote_code": True}
-    model = qcore.quantize(repository, "gptq", **settings)
+    settings = {"bits": 8, "group_size": 32, "calibration": tokens, "seqlen": 32, "trust_remote_code": True,
+                **ALGORITHMS[algorithm]}  # fmt: skip
+    model = qcore.quantize(repository, algorithm, **settings)
     found = logits(model, ids)
     assert qcore.report(model)["adapter"] != "generic"
+    declared = find_adapter(original, ModuleWeights(original), installed(), CPU)
+    blocks = declared.find_blocks(original)
+    promised = {f"{name}.{linear}" for name, each in blocks for group in declared.groups_in(each) for linear in group}
+    assert {name for name, module in model.named_modules() if isinstance(module, QuantLinear)} == promised
     assert float((found - expected).norm() / expected.norm()) < 0.03  # as in test_architectures.py
-    out = qcore.quantize(repository, "gptq", output=tmp_path / "out", **settings)
+    out = qcore.quantize(repository, algorithm, output=tmp_path / "out", **settings)
     assert torch.equal(logits(qcore.load(out, trust_remote_code=True), ids), found)
     saved = qcore.save(model, tmp_path / "saved")
     assert torch.equal(logits(qcore.load(saved, trust_remote_code=True), ids), found)
     with pytest.raises(ModelError, match="trust_remote_code=True"):
         qcore.load(out)
-    given = qcore.quantize(original, "gptq", **settings)  # a module whose folder qcore never saw brings its code along
+    given = qcore.quantize(
+        original, algorithm, **settings
+    )  # a module whose folder qcore never saw brings its code along
     again = qcore.load(qcore.save(given, tmp_path / "given"), trust_remote_code=True)
     assert torch.equal(logits(again, ids), found)
 

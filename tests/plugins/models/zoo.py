@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ LATENT = {
     "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4,
 }  # fmt: skip
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
 SPARSE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**EXPERTS, **LATENT, "q_lora_rank": 32},
     "deepseek_v2/lite": {**EXPERTS, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
@@ -82,13 +87,39 @@ UNDECLARED: dict[str, dict[str, Any]] = {
     "glm4": {**GROUPED, "head_dim": 16},
     "glm4_moe": {**EXPERTS, "head_dim": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
     "granitemoe": EXPERTS,
+    "hunyuan_v1_moe": {**EXPERTS, "head_dim": 16},  # its router is a linear in a module of its own
+    "jamba": {  # Mamba, whose code reads the weights of dt_proj, and attention, dense and sparse
+        **EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+    "llama4_text": {
+        **EXPERTS,
+        "head_dim": 16,
+        "intermediate_size_mlp": 96,
+    },  # its router also chooses; experts in float
     "nemotron": GROUPED,
     "olmoe": EXPERTS,
     "persimmon": {},
     "phimoe": EXPERTS,
+    "qwen3_next": {
+        **EXPERTS,
+        **HYBRID,
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    },
     "starcoder2": {**GROUPED, "sliding_window": 8},
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96},
 }
+REFINED_WEB = {
+    "vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 96, "bos_token_id": 0,
+    "eos_token_id": 1,
+}  # fmt: skip
 #: models whose code comes with them: name -> file in remote/, config class, model class, what the config adds
 REMOTE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "moss": ("moss", "MossConfig", "MossForCausalLM", {}),
@@ -96,11 +127,13 @@ REMOTE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "baichuan-13b": ("baichuan", "BaichuanConfig", "BaichuanForCausalLM", {"alibi": True}),
     "qwen": ("qwen", "QWenConfig", "QWenLMHeadModel", {}),
     "chatglm3": ("chatglm", "ChatGLMConfig", "ChatGLMForConditionalGeneration", {}),
-    "RefinedWebModel": ("RW", "RWConfig", "RWForCausalLM", {
-        "vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 96,
-        "model_type": "RefinedWebModel", "bos_token_id": 0, "eos_token_id": 1,
+    "RefinedWebModel": ("RW", "RWConfig", "RWForCausalLM", REFINED_WEB),
+    "RefinedWeb": ("RW", "RW40bConfig", "RW40bForCausalLM", {
+        **REFINED_WEB, "new_decoder_architecture": True, "num_kv_heads": 2,
     }),
 }  # fmt: skip
+#: algorithm -> options that make it quick
+ALGORITHMS: dict[str, dict[str, Any]] = {"gptq": {}, "autoround": {"iters": 3, "bs": 4}}
 ZOO = {**DENSE, **SPARSE, **UNDECLARED}
 
 
@@ -127,6 +160,11 @@ def enliven(model: Any) -> None:
             parameter.add_(0.1 * noise)
         else:
             parameter.copy_(noise * (0.5 if parameter is embeddings else parameter.shape[-1] ** -0.5))
+
+
+def fresh(name: str, scratch: Path) -> Any:
+    """A model of the zoo or of REMOTE; the same one every time. scratch: a folder in which code may be kept."""
+    return write_repository(name, Path(tempfile.mkdtemp(dir=scratch)) / "repository") if name in REMOTE else build(name)
 
 
 def write_repository(name: str, folder: Path) -> Any:

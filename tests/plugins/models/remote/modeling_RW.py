@@ -11,3 +11,11 @@ class RWConfig(FalconConfig):
 
 class RWForCausalLM(FalconForCausalLM):
     config_class = RWConfig
+
+
+class RW40bConfig(RWConfig):
+    model_type = "RefinedWeb"
+
+
+class RW40bForCausalLM(FalconForCausalLM):
+    config_class = RW40bConfig
