@@ -373,12 +373,13 @@ def test_without_amp_a_half_model_is_tuned_in_float32():
 
 
 def test_low_gpu_mem_usage_keeps_hidden_states_on_the_host(monkeypatch):
-    places = []
-    monkeypatch.setattr(qcore.run, "_activation_device", lambda *args: places.append(args) or torch.device("cpu"))
+    places, keeper = [], qcore.run.keeper
+    monkeypatch.setattr(qcore.run, "keeper", lambda device, keep: places.append(keep) or keeper(device, keep))
     quantize(iters=2, low_gpu_mem_usage=True, adapter="tiny", plugins=with_tiny_adapter())
-    assert not places
+    assert set(places) == {"host"}
+    places.clear()
     quantize(iters=2, adapter="tiny", plugins=with_tiny_adapter())
-    assert places
+    assert set(places) == {"device"}
 
 
 def test_blocks_may_be_tuned_together(tunings, weights_of):
