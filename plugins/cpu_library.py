@@ -30,6 +30,10 @@ CPU = Native(
             "bits sym search rows# columns# extent# group_size# groups# W* ldw# U* ldu# importance* group_of* scales* zeros*"
             " ldg# codes* ldc# Err* lde# threads level",
         ),
+        "qc_autoround_step": (
+            ctypes.c_int,
+            "bits sym rows# groups# group_size# columns# W* V* G* Q* low* high* alpha* beta* rates* threads parallel*",
+        ),
         "qc_matmul_level": (ctypes.c_int, ""),
         "qc_cpu_matmul": (
             ctypes.c_int,

@@ -55,6 +55,20 @@ int qc_gptq_block(int bits, int sym, int search, int64_t rows, int64_t columns, 
                   float *Err, int64_t lde, int threads, int level);
 
 /*
+ * Take one step of AutoRound on a weight, in place, and write the quantized weight that follows (autoround.c).
+ *
+ * W, V              float  [rows][groups][group_size]   a shorter last group is filled up
+ * G, Q              float  [rows][columns]              the gradient of the quantized weight (read), the weight (written)
+ * low, high         float  [rows][groups]               the ends of the grid's range
+ * alpha, beta       float  [rows][groups]               their factors
+ * rates             float  [2]                          of V, and of alpha and beta: those stay where it is negative
+ * parallel          as below
+ */
+int qc_autoround_step(int bits, int sym, int64_t rows, int64_t groups, int64_t group_size, int64_t columns, const float *W,
+                      float *V, const float *G, float *Q, const float *low, const float *high, float *alpha, float *beta,
+                      const float *rates, int threads, void *parallel);
+
+/*
  * Products by a quantized weight W [n][columns], w = scale * (code - zero), as one layout holds it (matmul.c draws it):
  *
  * packed      the codes, qc_cpu_pack makes it: ceil(n / 16) * ceil(k / 32) * 64 * bits bytes (bits as stored: 8 for 5 to 8)

@@ -40,6 +40,7 @@ from qcore import (
     hookimpl,
 )
 
+from . import gptq_native
 from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve, solver_for
 from .rtn import group_grids
 
@@ -118,7 +119,7 @@ class Rounding:
         self.padding = groups * self.size - self.columns
         self.W = self._grouped(start.W.float())
         self.V = torch.zeros_like(self.W, dtype=torch.float16 if self.W.is_cuda else torch.float32)
-        scales, zeros = start.scales.float()[..., None], start.zeros.float()[..., None]  # [out, groups, 1]
+        scales, zeros = (x.float().contiguous()[..., None] for x in (start.scales, start.zeros))  # [out, groups, 1]
         self.low, self.high = -zeros * scales, (config.maxq - zeros) * scales
         self.alpha, self.beta = torch.ones_like(scales), torch.ones_like(scales)
         self.fused = fused_step(self.W.device)
@@ -151,7 +152,7 @@ class Rounding:
 
         G [out, in] is the gradient of the quantized weight, weight [out, in] its place. minmax_lr None: ranges stay.
         """
-        if self.fused is not None:
+        if self.fused is not None and (self.W.is_cuda or G.dtype == weight.dtype == self.V.dtype):
             ranges = self.low, self.high, self.alpha, self.beta
             self.fused(self.W, self.V, ranges, G, weight, lr, minmax_lr, self.config.bits, self.config.sym)
             return
@@ -196,13 +197,26 @@ class Rounding:
 
 
 def fused_step(device: torch.device) -> Callable[..., None] | None:
-    """Return the step that runs as one kernel on a GPU, None where there is no GPU (or Triton's interpreter) or no Triton."""
+    """Return the step that is one kernel, in Triton on a GPU, compiled on a CPU, or None where there is none: torch takes it."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (device.type == "cuda" or interpreted):
-        return None
-    from . import autoround_triton  # which imports triton
+    if device.type == "cuda" or interpreted:
+        if importlib.util.find_spec("triton") is None:
+            return None
+        from . import autoround_triton  # which imports triton
 
-    return autoround_triton.step
+        return autoround_triton.step
+    if gptq_native.why_not(device) is not None:
+        return None
+    from . import autoround_native
+
+    return autoround_native.step
+
+
+def step_label(device: torch.device) -> str:
+    """Which code takes the steps."""
+    fused = fused_step(device)
+    kind = "torch" if fused is None else fused.__module__.rpartition("_")[2]
+    return gptq_native.label() if kind == "native" else kind
 
 
 def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
@@ -352,7 +366,7 @@ class Tuning:
         self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
         self.dtype, self.autocast = precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
-        self.in_8_bits = self._modules_in_8_bits() if params.float8 else []
+        self.in_8_bits = self._modules_in_8_bits() if params.float8 is not False else []
         wanted = min(len(targets), max(1, params.iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
@@ -634,7 +648,7 @@ class AutoRound(Algorithm):
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
         layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
-        float8: multiply for the weights' gradients in 8-bit floats, where the GPU can.
+        float8: multiply in 8-bit floats for the weights' gradients, of which only signs count. None: where the GPU can.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -656,7 +670,7 @@ class AutoRound(Algorithm):
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
         layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-        float8: bool = False
+        float8: bool | None = None
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -715,9 +729,11 @@ class AutoRound(Algorithm):
     def facts(self, device: torch.device) -> dict[str, Any]:
         """GPTQ's solver, where ties fall; whether equal runs on a GPU give equal bits; which code takes the steps."""
         facts: dict[str, Any] = {"solver_used": solver_for("auto", device)[0]} if self.params.start == "gptq" else {}
-        if self.params.iters and device.type == "cuda":
-            fused = fused_step(device) is not None
-            facts |= {"deterministic": can_reproduce(device), "step": "triton" if fused else "torch"}
+        if self.params.iters:
+            facts["step"] = step_label(device)
+            if device.type == "cuda":
+                float8 = self.params.float8 is not False and has_float8(device)
+                facts |= {"deterministic": can_reproduce(device), "float8": float8}
         return facts
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
@@ -743,7 +759,12 @@ class AutoRound(Algorithm):
                 notes.append(f"iters=0: not tuned, the start {self.params.start!r} as it is")
             else:
                 block.record(name, loss_before=outcome.before, loss=outcome.after, step=outcome.step)
-                notes += [outcome.note, self._without_amp(block), without_determinism(block.device)]
+                notes += [
+                    outcome.note,
+                    self._without_amp(block),
+                    self._without_float8(block),
+                    without_determinism(block.device),
+                ]
             if any(notes):
                 block.record(name, note="; ".join(note for note in notes if note))
         return results
@@ -755,6 +776,11 @@ class AutoRound(Algorithm):
                 f"a step of autoround takes bs={self.params.bs} sequences, the calibration has {sequences}. "
                 "Give more samples, or a smaller bs."
             )
+
+    def _without_float8(self, block: BlockContext) -> str:
+        if not self.params.float8 or has_float8(block.device):
+            return ""
+        return f"float8: {block.device.type} does not multiply 8-bit floats, gradients are in the type of the block"
 
     def _without_amp(self, block: BlockContext) -> str:
         float32 = next(iter(block.linears.values())).weight.dtype == torch.float32

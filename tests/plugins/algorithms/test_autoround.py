@@ -1,5 +1,6 @@
 """What a user of AutoRound may rely on: each option does what it says, whatever the recipe."""
 
+import contextlib
 import math
 import os
 import socket
@@ -567,6 +568,48 @@ def test_a_block_that_cannot_start_is_named():
 def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so():
     assert "no native bfloat16, computed in float32" in layers_of(quantize(iters=2, amp=True))["blocks.0.left"]["note"]
     assert "note" not in layers_of(quantize(iters=2))["blocks.0.left"]
+
+
+# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_exact(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.SiLU(), nn.Linear(32, 48, bias=False)).to(dtype)
+    x, grad = torch.randn(2, 64, 64).to(dtype).requires_grad_(), torch.randn(2, 64, 48).to(dtype)
+    wanted = [x, model[0].weight, model[2].weight]
+    exact = torch.autograd.grad(model(x), wanted, grad)
+    with autoround.gradients_in_8_bits([model[0], model[2]]):
+        output = model(x)
+        rounded = torch.autograd.grad(output, wanted, grad)
+    assert [type(each) for each in model] == [nn.Linear, nn.SiLU, nn.Linear]
+    assert torch.equal(output, model(x))
+    assert torch.equal(rounded[0], exact[0])
+    for ours, theirs in zip(rounded[1:], exact[1:], strict=True):
+        assert not torch.equal(ours, theirs)
+        assert float((ours.sign() != theirs.sign()).float().mean()) < 0.05
+        assert float((ours - theirs).float().norm() / theirs.float().norm()) < 0.1
+
+
+def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
+    monkeypatch.setattr(autoround, "has_float8", lambda device: True)
+    monkeypatch.setattr(autoround, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
+    monkeypatch.setattr(autoround, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
+    monkeypatch.setattr(autoround.Tuning, "run", lambda self: (autoround.Outcome(0, 0, 0), self._frozen()))
+    for float8, chosen in ((None, 2), (True, 2), (False, 0)):
+        quantize(TinyModel(depth=1), iters=1, float8=float8)
+        assert len(tunings[-1].in_8_bits) == chosen
+
+
+def test_float8_fits_plain_half_linears_of_sides_that_divide():
+    assert autoround.fits_float8(nn.Linear(32, 48).half(), 64)
+    for module, tokens in ((nn.Linear(32, 48), 64), (nn.Linear(30, 48).half(), 64), (nn.Linear(32, 48).half(), 60)):
+        assert not autoround.fits_float8(module, tokens)
+
+
+def test_float8_asked_for_where_there_is_none_is_said_so():
+    assert "does not multiply 8-bit floats" in layers_of(quantize(iters=2, float8=True))["blocks.0.left"]["note"]
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from qcore_plugins.algorithms import autoround
 
 def made(W, config, dtype, fused):
     generator = torch.Generator().manual_seed(1)
-    r = autoround.Rounding(autoround.covering_start(W, config), config)
+    start = autoround.covering_start(W, config)
+    start.scales, start.zeros = (x.t().contiguous().t() for x in (start.scales, start.zeros))  # as GPTQ leaves them
+    r = autoround.Rounding(start, config)
     r.alpha.uniform_(0.7, 1, generator=generator)
     r.beta.uniform_(0.7, 1, generator=generator)
     r.V.uniform_(-0.4, 0.4, generator=generator)
