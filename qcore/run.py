@@ -370,7 +370,7 @@ class _Behind:
         self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
     ) -> None:
         self.journal, self.finished = journal, finished
-        self.ahead = 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
+        self.ahead = _lead(job)
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
             self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
@@ -408,6 +408,11 @@ class _Behind:
             if is_new:
                 self.finished(index, records)
             yield index, results, records
+
+
+def _lead(job: Job) -> int:
+    """How many blocks the run may be ahead of their writing."""
+    return 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
 
 
 _Finished = tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]], bool]
