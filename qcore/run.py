@@ -394,11 +394,24 @@ class _Behind:
                 if self.stream and ready:
                     self.stream.wait_event(ready)
                 if self.journal and is_new:
-                    self.journal.write_block(index, results, records)
+                    self._write(self.journal, index, results, records)
                     return index, results, records, is_new
                 return index, {name: weight.to("cpu") for name, weight in results.items()}, records, is_new
 
         self.queue.append(self.thread.submit(work))
+
+    @staticmethod
+    def _write(
+        journal: Journal, index: int, results: dict[str, QuantizedWeight], records: list[dict[str, Any]]
+    ) -> None:
+        """Write a block, packed on its device where that has room."""
+        try:
+            journal.write_block(index, results, records)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        journal.write_block(index, {name: weight.to("cpu") for name, weight in results.items()}, records)
 
     def give(self, all_of_them: bool = False) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
         """Yield the blocks that are written; wait for those it is too far behind with."""

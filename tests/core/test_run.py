@@ -503,7 +503,7 @@ def test_a_run_ahead_of_its_writing_writes_what_was_finished_whatever_ends_it(
             qcore.quantize(llama_folder, OutOfOrder(fails_at=2), output=output, **settings)
     assert len(blocks_in(output)) == 2
     qcore.quantize(llama_folder, OutOfOrder(), output=output, **settings)
-    assert same_files(whole, output)
+    same_files(whole, output)
 
 
 def test_what_goes_wrong_behind_a_run_ends_it(llama_folder, tmp_path, monkeypatch):
@@ -515,3 +515,21 @@ def test_what_goes_wrong_behind_a_run_ends_it(llama_folder, tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="the disk is full"):
         qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "out", bits=4, group_size=32)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_block_is_packed_on_the_host_when_the_device_has_no_room_for_it(
+    llama_folder, tmp_path, same_files, monkeypatch
+):
+    settings = {"bits": 4, "group_size": 32}
+    whole = qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "whole", **settings)
+    write, refused = Journal.write_block, set()
+
+    def tight(journal, index, *inputs):
+        if index not in refused:
+            refused.add(index)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        write(journal, index, *inputs)
+
+    monkeypatch.setattr(Journal, "write_block", tight)
+    same_files(whole, qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "out", **settings))
+    assert refused == {0, 1, 2}
