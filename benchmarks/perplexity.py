@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--n-ctx", type=int, default=512)
+    parser.add_argument("--n-ctx", "--n_ctx", type=int, default=512)
     parser.add_argument("--chunks", type=int, help="use at most this many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tokens", type=Path, help="write the chunks as JSON")

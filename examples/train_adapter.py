@@ -4,8 +4,8 @@
     python examples/train_adapter.py                      # the demo model, some minutes on a CPU
     python examples/train_adapter.py --model out --text mine.txt --output adapter
 
-The text is cut in two: four fifths to train on, the rest to measure. Printed are the training loss every few steps and the
-perplexity of the measured part before and after.
+The text is cut in two: four fifths to train on, the rest to measure. Printed are the perplexity of the measured part before and
+after, and the training losses of both models on the same batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import qcore
 import qcore.compat.peft
@@ -45,17 +45,40 @@ def train(model: torch.nn.Module, data: list[torch.Tensor], rate: float) -> list
     return losses
 
 
+def measure(model: torch.nn.Module, text: torch.Tensor, options: argparse.Namespace) -> float:
+    """Perplexity of the last fifth of the tokens."""
+    return qcore.evaluate(model, text[len(text) * 4 // 5 :], seqlen=options.seqlen, windows=8)["perplexity"]
+
+
 def run(name: str, model: torch.nn.Module, wrap, text: torch.Tensor, options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    """Train on the first four fifths of the tokens; return the adapted model, its losses, and the perplexities."""
-    cut = len(text) * 4 // 5
+    """Train on the first four fifths of the tokens; return the adapted model and its losses."""
+    before = measure(model, text, options)
     torch.manual_seed(0)
-    before = qcore.evaluate(model, text[cut:], seqlen=options.seqlen, windows=8)["perplexity"]
     adapted = wrap(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    losses = train(adapted, batches(text[:cut], options.seqlen, options.steps, options.batch_size), options.rate)
-    after = qcore.evaluate(adapted, text[cut:], seqlen=options.seqlen, windows=8)["perplexity"]
-    shown = " ".join(f"{loss:.2f}" for loss in losses[:: max(1, len(losses) // 10)])
-    print(f"{name:8} loss {shown}   perplexity {before:.2f} -> {after:.2f}", flush=True)
-    return adapted, losses, before, after
+    windows = batches(text[: len(text) * 4 // 5], options.seqlen, options.steps, options.batch_size)
+    losses = train(adapted, windows, options.rate)
+    print(f"{name:8} perplexity {before:.2f} -> {measure(adapted, text, options):.2f}", flush=True)
+    return adapted, losses
+
+
+def show(curves: dict[str, list[float]]) -> None:
+    """The losses side by side, as means of a tenth of the steps each; every column saw the same batches."""
+    steps = len(next(iter(curves.values())))
+    each = max(1, steps // 10)
+    print(f"\n| steps | {' | '.join(curves)} |\n|---|{'---|' * len(curves)}")
+    for start in range(0, steps, each):
+        end = min(start + each, steps)
+        cells = (f"{sum(losses[start:end]) / (end - start):.3f}" for losses in curves.values())
+        print(f"| {start + 1} to {end} | {' | '.join(cells)} |")
+
+
+def merge(adapter: Path, text: torch.Tensor, tokenizer, options: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
+    """Merge the adapter into the float weights, quantize those again and save them."""
+    float_model, _ = open_any(options.model)
+    merged = PeftModel.from_pretrained(float_model, adapter).merge_and_unload()
+    again = qcore.quantize(merged, options.algo, bits=options.bits, group_size=options.group_size, tokenizer=tokenizer)
+    print(f"merged into the float weights and quantized again: perplexity {measure(again, text, options):.2f}")
+    qcore.save(again, options.merged, tokenizer=tokenizer)
 
 
 def main() -> None:
@@ -71,21 +94,31 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--no-float", action="store_true", help="leave out the float model")
     parser.add_argument("--output", type=Path, help="folder for the adapter of the quantized model")
+    parser.add_argument(
+        "--merged", type=Path, help="folder for the float model with that adapter merged in, quantized again"
+    )
     options = parser.parse_args()
+
+    if options.merged and not options.output:
+        parser.error("--merged needs --output, where the adapter is saved first")
 
     content = options.text.read_text(encoding="utf-8") if options.text else pydoc_data.topics.topics["formatstrings"]
     float_model, tokenizer = open_any(options.model)
     text = torch.tensor(tokenizer(content, verbose=False)["input_ids"])
+    curves = {}
     if not options.no_float:
-        run("float", float_model, get_peft_model, text, options)
+        _, curves["float"] = run("float", float_model, get_peft_model, text, options)
         float_model, _ = open_any(options.model)  # the adapter changed it
     model = qcore.quantize(
         float_model, options.algo, bits=options.bits, group_size=options.group_size, tokenizer=tokenizer
     )
-    adapted, *_ = run(f"{options.bits} bits", model, qcore.compat.peft.get_peft_model, text, options)
+    name = f"{options.bits} bits"
+    adapted, curves[name] = run(name, model, qcore.compat.peft.get_peft_model, text, options)
     if options.output:
         adapted.save_pretrained(options.output)
-        print(f"adapter saved in {options.output}")
+    if options.merged:
+        merge(options.output, text, tokenizer, options)
+    show(curves)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,25 @@ CPU = Native(
             "bits sym search rows# columns# extent# group_size# groups# W* ldw# U* ldu# importance* group_of* scales* zeros*"
             " ldg# codes* ldc# Err* lde# threads level",
         ),
+        "qc_matmul_level": (ctypes.c_int, ""),
+        "qc_cpu_matmul": (
+            ctypes.c_int,
+            "bits dtype m# n# columns# k# group_size# asym half_meta x* ldx# packed* meta* perm* y* ldy# threads level parallel*",
+        ),
+        "qc_cpu_pack": (ctypes.c_int, "bits n# columns# k# codes* perm* packed* threads parallel*"),
+        "qc_cpu_dequantize": (
+            ctypes.c_int,
+            "bits dtype n# columns# k# group_size# asym half_meta packed* meta* perm* weight* ldw# threads parallel*",
+        ),
     },
 )
+
+
+@cache
+def openmp() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are those of torch's own products. None without one."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 @cache

@@ -496,7 +496,9 @@ def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: 
 
 @cache
 def _compiled_run() -> Callable[..., Tensor]:
-    return torch.compile(_run)
+    """`_run`, compiled; where torch has the choice, with kernels that are not picked by how long they took."""
+    steady = "deterministic" in torch._inductor.list_options()
+    return torch.compile(_run, options={"deterministic": True} if steady else None)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

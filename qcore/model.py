@@ -296,9 +296,9 @@ class ModuleWeights:
             assert full.startswith(prefix)
             home[full] = tensor
             is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            moved = tensor.detach().to(device, dtype if is_weight else tensor.dtype)
+            moved = tensor.detach().to(device)
             finite[full] = torch.isfinite(moved).all()
-            _set(self.model, full, moved)
+            _set(self.model, full, moved.to(dtype if is_weight else tensor.dtype))
         if finite and not bool(torch.stack(list(finite.values())).all()):
             self.let_go(name)
             for full, tensor in home.items():

@@ -758,9 +758,12 @@ def renamed(
 
 def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `qcore.json` says: how the folder was made, free of times so that equal runs write equal bytes."""
+    import transformers
+
     from . import __version__
 
-    return {"qcore": __version__, **description, "layers": without_times(records)}
+    versions = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**versions, **description, "layers": without_times(records)}
 
 
 def check_model(model: nn.Module, folder: ModelFolder | None) -> None:

@@ -87,7 +87,7 @@ def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 2)
     arguments = ["x", "--model", llama_folder, "--text", text, "--steps", 12, "--seqlen", 32, "--rate", 1e-2,
-                 "--group-size", 32, "--output", tmp_path / "adapter"]  # fmt: skip
+                 "--group-size", 32, "--output", tmp_path / "adapter", "--merged", tmp_path / "merged"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     import train_adapter
 
@@ -96,4 +96,11 @@ def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch
     for line in lines[:2]:
         before, after = map(float, line.rpartition("perplexity ")[2].split(" -> "))
         assert after < 0.8 * before
+    assert float(lines[2].rpartition("perplexity ")[2]) < 0.8 * before
+    assert qcore.inspect(tmp_path / "merged")["format"] == "gptq"
+    assert lines[4:6] == ["| steps | float | 4 bits |", "|---|---|---|"]
+    curve = [[float(cell) for cell in line.split("|")[2:4]] for line in lines[6:]]
+    assert len(curve) == 12
+    assert curve[-1][0] < curve[0][0]
+    assert curve[-1][1] < curve[0][1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

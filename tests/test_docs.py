@@ -181,6 +181,34 @@ def test_links_lead_somewhere(page):
         assert (ROOT / "docs" / target).exists(), f"docs/{page} links to {target}"
 
 
+PROMISED = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / "docs/migrating.md").read_text(encoding="utf-8"))
+
+
+def test_the_tests_that_run_the_seeds_features_are_there():
+    assert len(PROMISED) > 25
+    for file, name in PROMISED:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, f"docs/migrating.md names tests/{file}::{name}, which is not there"
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [("algorithm", "choosing.md"), ("format", "formats.md"), ("format", "choosing.md"), ("backend", "backends.md"),
+     ("task", "tasks.md"), ("dataset", "evaluation.md"), ("target", "formats.md")],
+)  # fmt: skip
+def test_a_page_names_everything_of_its_kind(kind, page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    ours = [
+        name
+        for plugin in installed().all
+        if plugin.distribution == "qcore"
+        for k, name, _ in plugin.offers
+        if k == kind
+    ]
+    assert ours
+    assert not [name for name in ours if name not in text]
+
+
 README = ROOT / "README.md"
 
 

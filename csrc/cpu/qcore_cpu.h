@@ -20,12 +20,15 @@ enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, 
 
 enum { QC_SEARCH_NONE = 0, QC_SEARCH_MINMAX = 1, QC_SEARCH_MSE = 2 }; /* where a group's grid comes from */
 
-enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX512 = 3 }; /* instruction sets */
+enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX512 = 3, QC_LEVEL_AVX512_BF16 = 4 }; /* instruction sets */
+
+enum { QC_FLOAT32 = 0, QC_BFLOAT16 = 1, QC_FLOAT16 = 2 }; /* dtypes of activations */
 
 int qc_abi_version(void);
 const char *qc_source(void); /* the hash of the sources, as given to the compiler (QC_SOURCE) */
 const char *qc_error_string(int status);
 int qc_cpu_level(void); /* the best instruction set of this machine */
+int qc_matmul_level(void); /* that of the matmul functions below, which know one more */
 
 /*
  * Quantize a block of columns of W by GPTQ, and find the grids of the groups that begin in it.
@@ -50,6 +53,31 @@ int qc_gptq_block(int bits, int sym, int search, int64_t rows, int64_t columns, 
                   int64_t groups, const float *W, int64_t ldw, const float *U, int64_t ldu, const float *importance,
                   const int32_t *group_of, float *scales, float *zeros, int64_t ldg, uint8_t *codes, int64_t ldc,
                   float *Err, int64_t lde, int threads, int level);
+
+/*
+ * Products by a quantized weight W [n][columns], w = scale * (code - zero), as one layout holds it (matmul.c draws it):
+ *
+ * packed      the codes, qc_cpu_pack makes it: ceil(n / 16) * ceil(k / 32) * 64 * bits bytes (bits as stored: 8 for 5 to 8)
+ * meta        [ceil(n / 16)][groups][scales, then zeros - 2^(bits-1) where asym][16], half where half_meta, else float
+ * perm        int32 [k] or null: packed column c holds column perm[c], nothing where that is -1. Null: k = columns, in order
+ * group_size  of packed columns: a multiple of 32, or -1 for one group
+ * parallel    GOMP_parallel of an OpenMP runtime whose threads do the work; null: threads are started for each call
+ *
+ * `packed` is aligned to 4 bytes, every other pointer to its element. Here the instruction set does change the bits: sums are taken in different
+ * orders, with fused multiply-add or without; so does the number of tokens (1, 2, 3 to 4, more). The number of threads does not.
+ */
+int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
+                  int half_meta, const void *x, int64_t ldx, const void *packed, const void *meta, const int32_t *perm,
+                  void *y, int64_t ldy, int threads, int level, void *parallel);
+
+/* Lay codes uint8 [n][columns] out as `packed`. */
+int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const uint8_t *codes, const int32_t *perm, void *packed,
+                int threads, void *parallel);
+
+/* W as dtype [n][ldw], in its own order. */
+int qc_cpu_dequantize(int bits, int dtype, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta,
+                      const void *packed, const void *meta, const int32_t *perm, void *weight, int64_t ldw, int threads,
+                      void *parallel);
 
 #ifdef __cplusplus
 }

@@ -11,10 +11,13 @@ default, is in docs/algorithms/autoround.md. Not here: devices, files, the order
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -27,13 +30,14 @@ from qcore import (
     Linear,
     ModelError,
     Options,
+    Override,
     QuantConfig,
     QuantizedWeight,
     grid,
     hookimpl,
 )
 
-from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve
+from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve, solver_for
 from .rtn import group_grids
 
 # ---- where tuning starts ---------------------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, reci
     satisfy W - Q = E U, and a column was Q + E diag(U) when its turn came. With U = inv(R), H = RR', E = (W - Q) R.
     """
     target = W if C is None else float_target(W, H, C, recipe.float_targets, recipe.damp_percent)
-    found = solve(target, H, config, recipe)
+    found = solve(target, H, config, recipe, solver_for(recipe.solver, W.device)[1])
     if found is None:
         return None
     size = W.shape[1] if config.group_size == -1 else config.group_size
@@ -90,6 +94,7 @@ def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, reci
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
 
 CACHED = 2**17  # weights that a CPU's caches hold with what is computed from them
+Frozen = tuple[Tensor, Tensor, Tensor]  # codes, scales, zeros
 
 
 class Rounding:
@@ -98,6 +103,8 @@ class Rounding:
     The quantized weight is s * clip(round(W / s + V), -z, maxq - z). Asymmetric: s = (beta * high - alpha * low) / maxq
     and z = round(-alpha * low / s), low and high being the ends of the start's grid. Symmetric: z is fixed and
     s = beta * (the start's scale), for one end decides the other. s is what float16 stores, z within [1, maxq].
+
+    On a GPU V is kept as float16: its steps near the bounds, 2^-12, are those of the last few iterations in a thousand.
     """
 
     def __init__(self, start: Start, config: QuantConfig) -> None:
@@ -107,18 +114,19 @@ class Rounding:
         self.size = self.columns if config.group_size == -1 else config.group_size
         self.padding = groups * self.size - self.columns
         self.W = self._grouped(start.W.float())
-        self.V = torch.zeros_like(self.W)
+        self.V = torch.zeros_like(self.W, dtype=torch.float16 if self.W.is_cuda else torch.float32)
         scales, zeros = start.scales.float()[..., None], start.zeros.float()[..., None]  # [out, groups, 1]
         self.low, self.high = -zeros * scales, (config.maxq - zeros) * scales
         self.alpha, self.beta = torch.ones_like(scales), torch.ones_like(scales)
+        self.fused = fused_step(self.W.device)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """[out, in] -> [out, groups, g]."""
-        return nn.functional.pad(x, (0, self.padding)).view(self.out, -1, self.size)
+        """[rows, in] -> [rows, groups, g]."""
+        return nn.functional.pad(x, (0, self.padding)).view(len(x), -1, self.size)
 
     def _flat(self, x: Tensor) -> Tensor:
-        """[out, groups, g] -> [out, in]."""
-        return x.reshape(self.out, -1)[:, : self.columns].contiguous()
+        """[rows, groups, g] -> [rows, in]."""
+        return x.reshape(len(x), -1)[:, : self.columns]
 
     def learned(self) -> tuple[Tensor, Tensor, Tensor]:
         """V, alpha and beta, as they change."""
@@ -130,18 +138,30 @@ class Rounding:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the quantized weight [out, in], computed in float32."""
-        weight = torch.empty_like(self.W, dtype=dtype)
+        weight = self.W.new_empty(self.out, self.columns, dtype=dtype)
+        for rows in self._spans():
+            self._rows(rows)._write(weight[rows])
+        return weight
+
+    def update(self, G: Tensor, lr: float, minmax_lr: float | None, weight: Tensor) -> None:
+        """Take one step of SignSGD and write the quantized weight that follows.
+
+        G [out, in] is the gradient of the quantized weight, weight [out, in] its place. minmax_lr None: ranges stay.
+        """
+        if self.fused is not None:
+            ranges = self.low, self.high, self.alpha, self.beta
+            self.fused(self.W, self.V, ranges, G, weight, lr, minmax_lr, self.config.bits, self.config.sym)
+            return
         for rows in self._spans():
             part = self._rows(rows)
-            s, z = part.grid()
-            torch.mul(rounded(part.W / s, part.V, z, self.config.maxq)[0], s, out=weight[rows])
-        return self._flat(weight)
+            signed_step(self._grouped(G[rows].float()), part, lr, minmax_lr)
+            part._write(weight[rows])
 
-    def update(self, G: Tensor, lr: Tensor, minmax_lr: Tensor | None) -> None:
-        """Take one step of SignSGD; G [out, in] is the gradient of the quantized weight."""
-        G = self._grouped(G.float())
-        for rows in self._spans():
-            signed_step(G[rows], self._rows(rows), lr, minmax_lr)
+    def _write(self, weight: Tensor) -> None:
+        """Write the quantized weight [rows, in]."""
+        s, z = self.grid()
+        levels, _ = rounded(self.W / s, self.V, z, self.config.maxq)
+        weight.copy_(self._flat(levels.mul_(s)))
 
     def _spans(self) -> list[slice]:
         """Cut the rows: on a CPU into pieces that stay in its caches, else not at all."""
@@ -151,23 +171,35 @@ class Rounding:
     def _rows(self, rows: slice) -> Rounding:
         """The same parameters, seen through some of the rows."""
         part = object.__new__(Rounding)
-        part.config = self.config
+        part.config, part.columns = self.config, self.columns
         for name in ("W", "V", "low", "high", "alpha", "beta"):
             setattr(part, name, getattr(self, name)[rows])
         return part
 
-    def freeze(self, bias: Tensor | None) -> QuantizedWeight:
-        """Return the canonical form of what was learned."""
+    def freeze(self) -> Frozen:
+        """Return what was learned as codes uint8 [out, in], scales float16 and zeros int32 [out, groups]."""
         s, z = self.grid()
-        levels, _ = rounded(self.W / s, self.V, z, self.config.maxq)
-        return QuantizedWeight(
-            codes=self._flat((levels + z).to(torch.uint8)),
-            scales=s[..., 0].to(torch.float16).contiguous(),
-            zeros=z[..., 0].to(torch.int32).contiguous(),
-            g_idx=grid.group_index(self.columns, self.config.group_size, s.device),
-            config=self.config,
-            bias=bias,
-        )
+        codes = torch.empty(self.out, self.columns, dtype=torch.uint8, device=s.device)
+        for rows in self._spans():
+            part = self._rows(rows)
+            levels, _ = rounded(part.W / s[rows], part.V, z[rows], self.config.maxq)
+            codes[rows] = self._flat(levels.add_(z[rows]))
+        return codes, s[..., 0].to(torch.float16), z[..., 0].to(torch.int32)
+
+    def canonical(self, frozen: Frozen, bias: Tensor | None) -> QuantizedWeight:
+        """Return what `freeze` gave in the canonical form."""
+        g_idx = grid.group_index(self.columns, self.config.group_size, frozen[0].device)
+        return QuantizedWeight(*frozen, g_idx=g_idx, config=self.config, bias=bias)
+
+
+def fused_step(device: torch.device) -> Callable[..., None] | None:
+    """Return the step that runs as one kernel on a GPU, None where there is no GPU (or Triton's interpreter) or no Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None or not (device.type == "cuda" or interpreted):
+        return None
+    from . import autoround_triton  # which imports triton
+
+    return autoround_triton.step
 
 
 def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
@@ -190,7 +222,7 @@ def rounded(ratio: Tensor, V: Tensor, z: Tensor, maxq: int) -> tuple[Tensor, Ten
     return torch.clamp(free, -z, maxq - z), free
 
 
-def signed_step(G: Tensor, r: Rounding, lr: Tensor, minmax_lr: Tensor | None) -> None:
+def signed_step(G: Tensor, r: Rounding, lr: float, minmax_lr: float | None) -> None:
     """Move V, alpha and beta against the signs of their gradients, given G [out, groups, g], that of the quantized weight.
 
     Rounding passes gradients straight through, clipping stops them. So d(s * level)/dV = s where nothing was clipped;
@@ -233,6 +265,7 @@ class Tuning:
     """The loop over one block: SignSGD on random batches, the best parameters on a fixed subset of them kept.
 
     inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
+    Nothing in a step makes the host wait for a GPU.
     """
 
     def __init__(
@@ -248,87 +281,140 @@ class Tuning:
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
         wanted = min(len(targets), max(1, params.iters // 50))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
-        self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only now and then
+        self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
+        #: the quantized weights as they are: what each step's gradients are of
+        self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
 
-    def run(self) -> Outcome:
-        """Tune; leave the best parameters seen in the roundings."""
+    def run(self) -> tuple[Outcome, dict[str, Frozen]]:
+        """Tune; return how it went and the best parameters seen, frozen."""
         iters, checks = self.params.iters, self.params.checks
-        with full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext():
+        widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
+        with widened, reproducible(self.block.device):
             best = before = self.judge()
             if not math.isfinite(before):
                 raise ModelError(
                     f"block {self.block.name} gives NaN or Inf with its starting weights; its activations overflow."
                 )
-            best_step, kept, note = 0, self._copy(), ""
+            best_step, kept, note = 0, self._frozen(), ""
             self.unit = 64 * math.sqrt(before) or 1.0  # errors in units of their typical size fit every float type
-            draw = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
+            batches = self._drawn()
             for step in range(iters):
-                self._step(step, draw)
+                self._step(step, batches)
                 if step + 1 == iters or (checks and (step + 1) % -(-iters // checks) == 0):
                     loss = self.judge()
                     if not math.isfinite(loss):
                         note = self._failed(step + 1, best_step)
                         break
                     if loss < best or not checks:
-                        best, best_step, kept = loss, step + 1, self._copy()
-            self._restore(kept)
-        return Outcome(before, best, best_step, note)
+                        best, best_step, kept = loss, step + 1, self._frozen()
+        return Outcome(before, best, best_step, "; ".join(filter(None, (note, self.unmatched)))), kept
 
-    def _step(self, step: int, draw: Iterator[int]) -> None:
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
         """One step of SignSGD on `gradient_accumulate_steps` batches."""
         params = self.params
         decay = 1 - step / params.iters
-        leaves = {name: rounding.weight(self.dtype).requires_grad_() for name, rounding in self.roundings.items()}
         for _ in range(params.gradient_accumulate_steps):
-            output, error, _ = self._error(next(draw), leaves)
-            self.losses[step] += error.square().mean()
-            output.backward((error / self.unit).to(output.dtype))
-        lr = torch.full((), params.step_size * decay, device=self.block.device)
-        minmax_lr = torch.full_like(lr, params.minmax_step_size * decay) if params.enable_minmax_tuning else None
+            output, error, _ = self._error(next(batches), self.weights)
+            self.losses[step] += mean_square(error)
+            output.backward(error.div_(self.unit).to(output.dtype))
         for name, rounding in self.roundings.items():
-            grad = leaves[name].grad
-            if grad is not None:  # an expert that no token of these batches went to
-                rounding.update(grad, lr, minmax_lr)
+            weight, rate = self.weights[name], decay * self.rates[name]
+            if weight.grad is not None:  # else an expert that no token of these batches went to
+                minmax_lr = params.minmax_step_size * rate if params.enable_minmax_tuning else None
+                rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
+                weight.grad = None
 
-    def _error(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-        """Return the block's outputs on a batch, their error in float32, 0 where it does not count, and how many count."""
+    def _drawn(self) -> Iterator[Batch]:
+        """Yield the batches that the steps work on."""
+        numbers = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
+        batches = map(self._batch, numbers)
+        return beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
+
+    def _batch(self, number: int) -> Batch:
+        """Return a batch's hidden states, keyword arguments, mask and target, on the device."""
+        device = self.block.device
         hidden, kwargs, mask = self.block.batch(number)
         if self.inputs is not None:
-            hidden = self.inputs[number].to(self.block.device)
+            hidden = self.inputs[number].to(device)
+        return hidden, kwargs, None if mask is None else mask.to(device), self.targets[number].to(device)
+
+    def _error(self, batch: Batch, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return the block's outputs on a batch, their error, 0 where it does not count, and the share that counts."""
+        hidden, kwargs, mask, target = batch
         if self.dtype != hidden.dtype:
             hidden, kwargs = cast(hidden, self.dtype), cast(kwargs, self.dtype)
+        training = torch.is_grad_enabled()
         with self.autocast:
-            output = self.block.forward(hidden, kwargs, weights, compiled=self.compiled)
-        error = output.detach().float() - self.targets[number].to(self.block.device)
-        counted = error.numel()
+            output = self.block.forward(hidden, kwargs, weights, compiled=self.compiled and training)
+        error = output.detach() - target  # of two halves it is right to the last bit of a half
         if mask is not None:
-            error = error.masked_fill(~mask.to(error.device)[..., None], 0)  # what padding gives may be NaN
-            counted = int(mask.sum()) * error.shape[-1]
+            error = error.masked_fill(~mask[..., None], 0)  # what padding gives may be NaN
         if self.params.outliers:
             magnitude = error.abs()
             largest = magnitude.flatten().topk(max(1, round(error.numel() * self.params.outliers))).values
             error *= magnitude < largest[-1]
-        return output, error, counted
+        return output, error, 1.0 if mask is None or training else float(mask.float().mean())
 
     @torch.no_grad()
     def judge(self) -> float:
         """Return the loss of the parameters as they are on the fixed subset."""
-        weights = {name: rounding.weight(self.dtype) for name, rounding in self.roundings.items()}
-        found = [self._error(number, weights)[1:] for number in self.subset]
-        return float(sum(error.square().sum() for error, _ in found)) / max(1, sum(counted for _, counted in found))
+        found = [self._error(self._batch(number), self.weights)[1:] for number in self.subset]
+        total = sum(mean_square(error) * error.numel() for error, _ in found)
+        return float(total) / max(1.0, sum(error.numel() * share for error, share in found))
 
     def _failed(self, step: int, best_step: int) -> str:
         bad = (~torch.isfinite(self.losses[:step])).nonzero()
         first = int(bad[0]) + 1 if len(bad) else step
         return f"the loss became NaN or Inf at step {first}; kept the parameters of step {best_step}"
 
-    def _copy(self) -> list[Tensor]:
-        return [x.clone() for rounding in self.roundings.values() for x in rounding.learned()]
+    def _frozen(self) -> dict[str, Frozen]:
+        return {name: rounding.freeze() for name, rounding in self.roundings.items()}
 
-    def _restore(self, kept: Sequence[Tensor]) -> None:
-        current = [x for rounding in self.roundings.values() for x in rounding.learned()]
-        for x, value in zip(current, kept, strict=True):
-            x.copy_(value)
+
+Batch = tuple[Tensor, dict[str, Any], Tensor | None, Tensor]  # hidden states, keyword arguments, mask, target
+
+
+def rates_by_linear(layer_lr: Mapping[str, float], names: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Return what multiplies each linear's lr, of several patterns the last that fits, and a word on those that fit none."""
+    rates, unmatched = dict.fromkeys(names, 1.0), []
+    for pattern, factor in layer_lr.items():
+        fitting = [name for name in names if Override(pattern=pattern).matches(name)]
+        rates.update(dict.fromkeys(fitting, factor))
+        unmatched += [] if fitting else [pattern]
+    return rates, f"layer_lr: {', '.join(map(repr, unmatched))} fits no linear of this block" if unmatched else ""
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Return the mean square, in float32 without a float32 copy of x."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32).square() / x.numel()
+
+
+def beside(items: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Yield what copies things to a GPU, the copies on a stream of their own.
+
+    The host is most of a step ahead of the GPU, so the copies for a step run beside the one before it.
+    """
+    side = torch.cuda.Stream(device)
+    while True:
+        with torch.cuda.stream(side):
+            item = next(items)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(side)
+        for x in tensors_in(item):
+            x.record_stream(current)
+        yield item
+        del item
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the GPU tensors of a nested value."""
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -350,6 +436,40 @@ def precision(block: BlockContext, amp: bool) -> tuple[torch.dtype, contextlib.A
     if own != torch.float32 or not has_bfloat16(block.device):
         return own, contextlib.nullcontext()
     return own, torch.autocast(block.device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Let gradients on a GPU be the same bits every time, where that can be had: attention's are summed in no fixed order else."""
+    if not can_reproduce(device):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@cache
+def can_reproduce(device: torch.device) -> bool:
+    """Whether torch's deterministic mode works here. cuBLAS must have been told before the process first multiplied on a GPU."""
+    if device.type != "cuda":
+        return False  # nothing to be done: a CPU's results are the same bits already
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        x = torch.ones(16, 16, device=device)
+        return bool((x @ x).sum() > 0)
+    except RuntimeError:
+        return False
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextlib.contextmanager
@@ -401,6 +521,7 @@ class AutoRound(Algorithm):
         damp_percent, shrink, float_targets: GPTQ's, of start "gptq".
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
+        layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -421,6 +542,7 @@ class AutoRound(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
+        layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -475,6 +597,14 @@ class AutoRound(Algorithm):
         """low_gpu_mem_usage."""
         return self.params.low_gpu_mem_usage
 
+    def facts(self, device: torch.device) -> dict[str, Any]:
+        """GPTQ's solver, where ties fall; whether equal runs on a GPU give equal bits; which code takes the steps."""
+        facts: dict[str, Any] = {"solver_used": solver_for("auto", device)[0]} if self.params.start == "gptq" else {}
+        if self.params.iters and device.type == "cuda":
+            fused = fused_step(device) is not None
+            facts |= {"deterministic": can_reproduce(device), "step": "triton" if fused else "torch"}
+        return facts
+
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
         inputs = None
@@ -482,13 +612,13 @@ class AutoRound(Algorithm):
             inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
         starts, targets = find_starts(block, self.params)
         roundings = {name: Rounding(starts[name], linear.config) for name, linear in block.linears.items()}
-        outcome = None
+        outcome, frozen = None, {}
         if self.params.iters:
             self._check_batches(targets)
-            outcome = Tuning(block, roundings, inputs, targets, self.params).run()
+            outcome, frozen = Tuning(block, roundings, inputs, targets, self.params).run()
         results = {}
         for name, linear in block.linears.items():
-            results[name] = roundings[name].freeze(linear.bias)
+            results[name] = roundings[name].canonical(frozen.get(name) or roundings[name].freeze(), linear.bias)
             W = linear.weight.float()
             block.record(name, error=float((results[name].dequantize() - W).norm() / W.norm().clamp_min(1e-30)))
             notes = [starts[name].note]
@@ -496,7 +626,7 @@ class AutoRound(Algorithm):
                 notes.append(f"iters=0: not tuned, the start {self.params.start!r} as it is")
             else:
                 block.record(name, loss_before=outcome.before, loss=outcome.after, step=outcome.step)
-                notes += [outcome.note, self._without_amp(block)]
+                notes += [outcome.note, self._without_amp(block), without_determinism(block.device)]
             if any(notes):
                 block.record(name, note="; ".join(note for note in notes if note))
         return results
@@ -514,6 +644,13 @@ class AutoRound(Algorithm):
         if "amp" in self.params.model_fields_set and self.params.amp and float32 and not has_bfloat16(block.device):
             return f"amp: {block.device.type} has no native bfloat16, computed in float32"
         return ""
+
+
+def without_determinism(device: torch.device) -> str:
+    """What a report says where equal runs may differ."""
+    if device.type != "cuda" or can_reproduce(device):
+        return ""
+    return "equal runs may differ: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process first multiplies on the GPU"
 
 
 def find_starts(block: BlockContext, params: AutoRound.Params) -> tuple[dict[str, Start], Sequence[Tensor]]:

@@ -13,7 +13,7 @@ import torch
 
 from qcore import EvalTask, EvaluationError, hookimpl
 
-from .samples import IGNORED, SampleOptions, Samples, batches, measuring, pad_token, read_rows, tokenize
+from .samples import IGNORED, SampleOptions, Samples, batches, checked, measuring, pad_token, read_rows, tokenize
 
 
 class LanguageModeling(EvalTask):
@@ -29,7 +29,7 @@ class LanguageModeling(EvalTask):
             loader = batches(samples, params, pad_token(tokenizer), label_is_read=True)
         nll, count = 0.0, 0
         with measuring(model, params.seed) as device:
-            for batch in loader:
+            for batch in checked(loader, self.name):
                 ids, mask, label = (
                     torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask", "label")
                 )

@@ -39,7 +39,7 @@ class SampleOptions(Options):
     truncate_prompt: a sample too long loses the start of its prompt; otherwise the end of its label (language modeling) or
         it is left out (tasks that generate).
     add_eos_token: end every label with the end-of-text token.
-    dataloader: finished batches instead of rows: mappings with input_ids, attention_mask and label.
+    dataloader: finished batches instead of rows: mappings with input_ids, attention_mask and label (or labels).
     """
 
     data_name_or_path: Any = None
@@ -284,6 +284,26 @@ def _collate_prompts(part: list[Sample], pad: int) -> dict[str, Any]:
         "attention_mask": torch.tensor([[0] * (width - len(s.prompt)) + [1] * len(s.prompt) for s in part]),
         "label": [sample.text for sample in part],
     }
+
+
+def checked(loader: Iterable[Any], what: str) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, which may be the caller's own, with the labels under "label".
+
+    Raises EvaluationError for a batch that lacks something, and when there is none.
+    """
+    count = 0
+    for count, batch in enumerate(loader, 1):
+        found = dict(batch) if isinstance(batch, Mapping) else {}
+        found.setdefault("label", found.get("labels"))
+        missing = [name for name in ("input_ids", "attention_mask", "label") if found.get(name) is None]
+        if missing:
+            raise EvaluationError(
+                f"task {what!r}: batch {count} of the dataloader has no {', '.join(missing)}; expected a mapping with input_ids, "
+                "attention_mask and label."
+            )
+        yield found
+    if count == 0:
+        raise EvaluationError(f"task {what!r}: the dataloader is empty.")
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -18,6 +18,7 @@ from .samples import (
     SampleOptions,
     Samples,
     batches,
+    checked,
     continuations,
     generation_config,
     label_texts,
@@ -58,7 +59,7 @@ class SequenceClassification(EvalTask):
         config = generation_config(params.generation_config, tokenizer, longest)
         right = total = 0
         with measuring(model, params.seed) as device:
-            for batch in loader:
+            for batch in checked(loader, self.name):
                 labels = [text.lower().strip() for text in label_texts(batch["label"], tokenizer)]
                 _check_labels(labels, classes, self.name)
                 answers = continuations(model, tokenizer, batch, config, device)

@@ -15,6 +15,7 @@ from .samples import (
     SampleOptions,
     Samples,
     batches,
+    checked,
     continuations,
     generation_config,
     label_texts,
@@ -54,7 +55,7 @@ class TextSummarization(EvalTask):
             loader = batches(samples, params, pad_token(tokenizer), label_is_read=False)
         scorer, scores = RougeScorer(KINDS, use_stemmer=True), []
         with measuring(model, params.seed) as device:
-            for batch in loader:
+            for batch in checked(loader, self.name):
                 found = continuations(model, tokenizer, batch, config, device)
                 wanted = label_texts(batch["label"], tokenizer)
                 scores += [scorer.score(w.lower().strip(), f[0]) for w, f in zip(wanted, found, strict=True)]

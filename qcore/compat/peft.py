@@ -114,17 +114,18 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "defa
 
     Raises ConfigError for target modules that the model does not have.
     """
-    peft = _peft()
+    peft = peft_library()
     _check_targets(model, getattr(peft_config, "target_modules", None))
     return peft.get_peft_model(prepare(model), peft_config, adapter_name, **options)
 
 
 def load_peft_model(model: nn.Module, adapter: Any, **options: Any) -> Any:
     """`prepare` and `peft.PeftModel.from_pretrained` in one; options (`is_trainable=True`, …) go to the latter."""
-    return _peft().PeftModel.from_pretrained(prepare(model), adapter, **options)
+    return peft_library().PeftModel.from_pretrained(prepare(model), adapter, **options)
 
 
-def _peft() -> Any:
+def peft_library() -> Any:
+    """The module `peft`; PluginError where it is not installed."""
     try:
         import peft
     except ImportError:

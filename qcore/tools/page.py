@@ -13,33 +13,51 @@ from .reporting import grid_of
 
 #: dark to light, even in brightness (from matplotlib's "viridis", CC0)
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-CELL, GAP, LABEL, HEAD = 22, 2, 150, 20  # of a heat map, in pixels
+CELL, GAP, HEAD = 22, 2, 20  # of a heat map, in pixels
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --dim: #667085; --paper: #f5f6f8; --card: #fff; --line: #e4e7ec; --mark: #3b528b }
+:root { color-scheme: light dark; --ink: #1b2430; --dim: #667085; --paper: #f5f6f8; --card: #fff; --line: #e4e7ec;
+  --chip: #f0f2f5; --mark: #3b528b; --good: #21918c }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --dim: #98a2b3; --paper: #12161c; --card: #1a2028; --line: #2b3440; --mark: #7fb3d5 }
+  :root { --ink: #e6e9ee; --dim: #98a2b3; --paper: #12161c; --card: #1a2028; --line: #2b3440; --chip: #252d38; --mark: #7fb3d5; --good: #5ec962 }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px }
 h1 { font-size: 28px; margin: 0; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { font-size: 17px; margin: 0 0 12px }
+h2 { font-size: 16px; margin: 0 0 12px }
 p { margin: 4px 0 }
 .dim { color: var(--dim) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 }
+.small { font-size: 13px }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 16px }
 section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
 section { margin: 16px 0; overflow-x: auto }
-.card b { display: block; font-size: 24px; letter-spacing: -.02em; font-variant-numeric: tabular-nums }
+.card b { display: block; font-size: 24px; line-height: 1.3; letter-spacing: -.02em; font-variant-numeric: tabular-nums }
+.card span { display: block; color: var(--dim); font-size: 13px; line-height: 1.35 }
+.maps { display: flex; flex-wrap: wrap; gap: 16px; margin: 16px 0 }
+.maps section { margin: 0; flex: 1 1 auto; max-width: 100% }
+svg { display: block }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--dim); font-weight: 500 }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right }
+th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+tr:last-child > * { border-bottom: 0 }
+td.n, th.n { text-align: right; white-space: nowrap }
+th:last-child, td:last-child { padding-right: 0 }
 tr.best td { font-weight: 600 }
-.pairs th { width: 220px }
-code, pre { font: 12px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+.bar { display: inline-block; height: 8px; border-radius: 4px; background: var(--good); vertical-align: middle }
+.pairs th { width: 180px }
+.chip { display: inline-block; background: var(--chip); border-radius: 6px; padding: 0 8px; margin: 0 4px 4px 0 }
+i { font-style: normal; color: var(--dim) }
+td, code { overflow-wrap: anywhere }
 svg text { font: 11px system-ui, sans-serif; fill: var(--dim) }
 summary { cursor: pointer; font-weight: 600 }
+@media (max-width: 600px) {
+  main { padding: 20px 12px 40px }
+  .bar { display: none }
+  .pairs th, .pairs td { display: block; width: auto; padding-right: 0 }
+  .pairs th { border: 0; padding-bottom: 0 }
+  .pairs td { padding-top: 0 }
+}
 """
 
 
@@ -49,37 +67,61 @@ def report_page(report: Mapping[str, Any]) -> str:
     errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
     cards = [
         (f"{report['bits_per_weight']:.2f}", "bits per quantized weight"),
-        (f"{report['size'] / 1e6:.1f} MB", f"{report['size_float16'] / 1e6:.1f} MB in 16 bits"),
-        (f"{report['size_float16'] / report['size']:.2f}×", "smaller"),
+        (f"{report['size'] / 1e6:.1f} MB", f"{report['size_float16'] / report['size']:.2f}× smaller than in 16 bits"),
     ]
     if errors:
         cards.append((f"{sum(errors) / len(errors):.4f}", f"mean relative error; worst {max(errors):.4f}"))
-    if "kl" in measured:
-        cards.append((f"{measured['kl']:.4f}", "KL divergence to the original, nats per token"))
     if "perplexity" in measured:
         before = measured.get("reference_perplexity")
         cards.append((f"{measured['perplexity']:.3f}", "perplexity" + (f"; {before:.3f} before" if before else "")))
-    source = (
-        f"{made.get('algorithm', 'unknown')} on {made.get('model', 'unknown model')}" if made else "not made by qcore"
-    )
+    if "kl" in measured:
+        cards.append((f"{measured['kl']:.4f}", "KL divergence to the original, nats per token"))
+    source = f"{made.get('algorithm', 'unknown')} on {made.get('model', 'unknown')}" if made else "not made by qcore"
     heat_maps = [
-        ("error", "Relative error of each linear", "error", "{:.4f}"),
-        ("bits", "Bits", "bits", "{:.0f}"),
-        ("peak", "Outliers: largest weight over the root mean square", "peak", "{:.1f}"),
+        ("Relative error of each linear", "error", "{:.4f}"),
+        ("Bits of each linear", "bits", "{:.0f}"),
+        ("Outliers: largest |w| / rms", "peak", "{:.1f}"),
     ]
+    maps = [_section(title, heat_map(report["layers"], key, form)) for title, key, form in heat_maps
+            if any(layer.get(key) is not None for layer in report["layers"])]  # fmt: skip
     parts = [
         f"<h1>{_text(report['name'])}</h1>",
         f'<p class="dim">{_text(report["model_type"])} · format {_text(report["format"])} · {_text(source)}</p>',
         _cards(cards),
-        *(_section(title, heat_map(report["layers"], key, form)) for _, title, key, form in heat_maps
-          if any(layer.get(key) is not None for layer in report["layers"])),
-        _section("Measured", _pairs(measured)) if measured else "",
+        _section("Before and after", _before_after(report, measured)),
+        f'<div class="maps">{"".join(maps)}</div>',
         _section("How it was made", _pairs({key: value for key, value in made.items() if key != "skipped"})) if made else "",
         _section("Notes", "".join(f"<p>{_text(note)}</p>" for note in report["notes"])) if report["notes"] else "",
         _layer_table(report["layers"]),
-        f'<p class="dim">{_text(", ".join(f"{name} {version}" for name, version in report["versions"].items()))}</p>',
+        f'<p class="dim small">This page: {_text(", ".join(f"{name} {version}" for name, version in report["versions"].items()))}</p>',
     ]  # fmt: skip
     return _page(str(report["name"]), parts)
+
+
+def _before_after(report: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """A table of what quantization changed, with what was measured on."""
+    before, after = report["size_float16"] / 1e6, report["size"] / 1e6
+    rows = [
+        ("size, MB", before, after, "{:.1f}"),
+        ("bits per quantized weight", 16, report["bits_per_weight"], "{:.2f}"),
+    ]
+    if "perplexity" in measured:
+        rows.append(("perplexity", measured.get("reference_perplexity"), measured["perplexity"], "{:.3f}"))
+    if "kl" in measured:
+        rows.append(("KL divergence, nats per token", 0.0, measured["kl"], "{:.4f}"))
+    body = ""
+    for name, old, new, form in rows:
+        change = f"{100 * (new / old - 1):+.1f} %".replace("-", "−") if old else ""
+        old_text = "" if old is None else form.format(old)
+        bar = f'<span class="bar" style="width:{max(2, round(160 * new / old))}px"></span>' if old and new < old else ""
+        cells = (_cell("td", old_text, True), _cell("td", form.format(new), True), _cell("td", change, True))
+        body += f"<tr><th>{_text(name)}</th>{''.join(cells)}<td>{bar}</td></tr>"
+    head = "".join(_cell("th", name, bool(name)) for name in ("", "16 bits", "quantized", "change")) + "<th></th>"
+    told = ""
+    if "windows" in measured:
+        told = (f'<p class="dim small">Measured on {measured["tokens"]} tokens of held-out text, in {measured["windows"]} windows of '
+                f"{measured['seqlen']}.</p>")  # fmt: skip
+    return f"<table><tr>{head}</tr>{body}</table>{told}"
 
 
 def compare_page(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -140,9 +182,8 @@ def heat_map(layers: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
     kinds, blocks, values = grid_of(layers, key)
     known = [value for row in values for value in row if value is not None]
     low, high = min(known), max(known)
-    step = CELL + GAP
-    label = max(LABEL, 7 * max(map(len, kinds)))
-    width, height = label + step * len(blocks) + 90, HEAD + step * len(kinds) + 6
+    step, label = CELL + GAP, 16 + 6 * max(map(len, kinds))
+    width, height = label + step * len(blocks) + 70, HEAD + step * len(kinds)
     parts = [f'<svg role="img" aria-label="{_text(key)}" width="{width}" height="{height}">']
     for column, block in enumerate(blocks):
         if len(blocks) <= 16 or column % 4 == 0:
@@ -158,13 +199,20 @@ def heat_map(layers: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
                     f'<rect x="{label + step * column}" y="{y}" width="{CELL}" height="{CELL}" rx="3" '
                     f'fill="{color(share)}"><title>{_text(title)}</title></rect>'
                 )
-    x = label + step * len(blocks) + 10
+    return "".join([*parts, *_legend(label + step * len(blocks) + 10, height, low, high, form), "</svg>"])
+
+
+def _legend(x: int, height: int, low: float, high: float, form: str) -> list[str]:
+    """The colors of a heat map beside it, from the highest figure down; one square where there is one figure."""
+    if low == high:
+        return [f'<rect x="{x}" y="{HEAD}" width="10" height="{CELL}" rx="3" fill="{color(0.5)}"/>',
+                f'<text x="{x + 16}" y="{HEAD + 15}">{form.format(low)}</text>']  # fmt: skip
+    long, parts = height - HEAD - GAP, []
     for part in range(20):
-        parts.append(f'<rect x="{x}" y="{HEAD + (height - HEAD - 8) * part / 20}" width="10" '
-                     f'height="{(height - HEAD - 8) / 20 + 0.5}" fill="{color(1 - part / 19)}"/>')  # fmt: skip
-    parts.append(f'<text x="{x + 15}" y="{HEAD + 9}">{form.format(high)}</text>')
-    parts.append(f'<text x="{x + 15}" y="{height - 8}">{form.format(low)}</text></svg>')
-    return "".join(parts)
+        parts.append(f'<rect x="{x}" y="{HEAD + long * part / 20:.1f}" width="10" height="{long / 20 + 0.5:.1f}" '
+                     f'fill="{color(1 - part / 19)}"/>')  # fmt: skip
+    ends = ((HEAD + 9, high), (HEAD + long, low))
+    return [*parts, *(f'<text x="{x + 16}" y="{y}">{form.format(value)}</text>' for y, value in ends)]
 
 
 def scatter(rows: Sequence[Mapping[str, Any]], quality: str) -> str:
@@ -227,9 +275,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _cards(cards: Iterable[tuple[str, str]]) -> str:
-    shown = (
-        f'<div class="card"><b>{_text(big)}</b><span class="dim">{_text(small)}</span></div>' for big, small in cards
-    )
+    shown = (f'<div class="card"><b>{_text(big)}</b><span>{_text(small)}</span></div>' for big, small in cards)
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
@@ -238,17 +284,24 @@ def _cell(tag: str, content: str, number: bool) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    rows = ""
-    for name, value in values.items():
-        shown = (
-            value
-            if isinstance(value, str)
-            else f"{value:.5g}"
-            if isinstance(value, float)
-            else json.dumps(value, default=str)
-        )
-        rows += f"<tr><th>{_text(name)}</th><td><code>{_text(shown)}</code></td></tr>"
-    return f"<table class=pairs>{rows}</table>"
+    """A row for each value that says something."""
+    told = {name: value for name, value in values.items() if value not in (None, [], {}, "")}
+    return "<table class=pairs>" + "".join(
+        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_shown(value)}</td></tr>" for name, value in told.items()
+    ) + "</table>"  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    """A value for people: mappings as chips, lists as lines."""
+    if isinstance(value, Mapping):
+        if any(isinstance(each, (Mapping, list)) for each in value.values()):
+            return "".join(f"<div><i>{_text(name)}</i> {_shown(each)}</div>" for name, each in value.items())
+        return "".join(f"<span class=chip><i>{_text(name)}</i> {_shown(each)}</span>" for name, each in value.items())
+    if isinstance(value, list):
+        return "".join(f"<div>{_shown(each)}</div>" for each in value)
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return _text(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:

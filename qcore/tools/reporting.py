@@ -37,7 +37,9 @@ def gather(
         raise ConfigError("a reference is measured on text: give text (--text) as well.")
     found = api.inspect(folder, plugins)
     _, content = api.open_content(Path(folder), plugins)
-    layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in found["layers"]]
+    order = {str(record["name"]): index for index, record in enumerate(content.provenance.get("layers", []))}
+    ran = sorted(found["layers"], key=lambda layer: order.get(layer["name"], len(order)))
+    layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in ran]
     measured = None
     if text is not None:
         measured = api.evaluate(

@@ -6,9 +6,9 @@ import torch
 from qcore.testing import tiny_transformer
 
 
-def save_opt(folder, tokenizer, context):
+def save_opt(folder, tokenizer, context, depth):
     """An OPT wide enough for the snippets' group_size=128."""
-    model = tiny_transformer("opt", vocab_size=320, hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
+    model = tiny_transformer("opt", vocab_size=320, hidden_size=128, ffn_dim=256, num_hidden_layers=depth, num_attention_heads=4,
                              word_embed_proj_dim=128, max_position_embeddings=context, bos_token_id=0, eos_token_id=1,
                              pad_token_id=1)  # fmt: skip
     model.to(torch.float16).save_pretrained(folder)
@@ -19,13 +19,13 @@ def save_opt(folder, tokenizer, context):
 @pytest.fixture(scope="session")
 def opt_folder(tokenizer, tmp_path_factory):
     """An OPT whose context holds the 256 tokens that a pipeline generates by default."""
-    return save_opt(tmp_path_factory.mktemp("models") / "opt-tiny", tokenizer, 512)
+    return save_opt(tmp_path_factory.mktemp("models") / "opt-tiny", tokenizer, 512, 2)
 
 
 @pytest.fixture(scope="session")
 def short_opt_folder(tokenizer, tmp_path_factory):
-    """An OPT of short context: 512 samples for 200 iterations are AutoRound's defaults, and cost little here."""
-    return save_opt(tmp_path_factory.mktemp("models") / "opt-short", tokenizer, 64)
+    """A shallow OPT of short context: 512 samples for 200 iterations are AutoRound's defaults, and cost little here."""
+    return save_opt(tmp_path_factory.mktemp("models") / "opt-short", tokenizer, 64, 1)
 
 
 @pytest.fixture(scope="session")

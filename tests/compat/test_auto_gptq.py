@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, TextGenerationPipeline
 
 import qcore
 from qcore import ConfigError, ModelError
-from qcore.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+from qcore.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig, get_gptq_peft_model
 from qcore.compat.auto_gptq.eval_tasks import LanguageModelingTask, SequenceClassificationTask, TextSummarizationTask
 from qcore.compat.auto_gptq.modeling import BaseGPTQForCausalLM
 
@@ -172,7 +172,8 @@ def test_a_folder_is_only_written_over_where_qcore_wrote_it(opt_folder, examples
         model.quantize(examples)
 
 
-def test_push_to_hub_saves_and_uploads(opt_folder, examples, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_what_is_saved_or_saves_first(opt_folder, examples, tmp_path, monkeypatch):
+    """README, both of its commented examples."""
     import huggingface_hub
 
     calls = []
@@ -190,16 +191,78 @@ def test_push_to_hub_saves_and_uploads(opt_folder, examples, tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     model = AutoGPTQForCausalLM.from_pretrained(opt_folder, BaseQuantizeConfig(group_size=32))
     model.quantize(examples)
-    with pytest.raises(ConfigError, match="needs save_dir"):
+    with pytest.raises(ConfigError, match="nothing is saved yet"):
         model.push_to_hub("me/opt", use_auth_token=True)
+    quantized_model_dir, commit_message = str(tmp_path / "out"), "hello"
+    model.save_quantized(quantized_model_dir)
+    model.push_to_hub("me/opt", commit_message=commit_message, use_auth_token=True)
+    uploaded = {"repo_id": "me/opt", "folder_path": quantized_model_dir, "commit_message": "hello", "create_pr": False}
+    assert calls == [True, uploaded]
+    other = str(tmp_path / "other")
     model.push_to_hub(
-        "me/opt", save_dir=str(tmp_path / "out"), use_safetensors=True, commit_message="hello", use_auth_token=True
+        "me/opt", save_dir=other, use_safetensors=True, commit_message=commit_message, use_auth_token=True
     )
-    assert calls == [
-        True,
-        {"repo_id": "me/opt", "folder_path": str(tmp_path / "out"), "commit_message": "hello", "create_pr": False},
-    ]
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert calls[3] == {**uploaded, "folder_path": other}
+    assert (tmp_path / "other" / "model.safetensors").is_file()
+    AutoGPTQForCausalLM.from_quantized(other).push_to_hub("me/opt", commit_message=commit_message)
+    assert calls[5] == {**uploaded, "folder_path": other}
+
+
+def test_every_option_of_from_quantized_is_taken(opt_folder, examples, tmp_path):
+    """The keywords of AutoGPTQ 0.7; those that choose kernels have no effect."""
+    model = AutoGPTQForCausalLM.from_pretrained(
+        opt_folder,
+        BaseQuantizeConfig(group_size=32),
+        max_memory=None,
+        trust_remote_code=False,
+        torch_dtype=torch.float32,
+    )
+    assert model.model.dtype == torch.float32
+    model.quantize(examples, batch_size=1, use_triton=False, use_cuda_fp16=True, autotune_warmup_after_quantized=False,
+                   cache_examples_on_gpu=True)  # fmt: skip
+    model.save_quantized(tmp_path / "out", safetensors_metadata={"by": "me"})
+    loaded = AutoGPTQForCausalLM.from_quantized(
+        tmp_path / "out", device_map=None, max_memory=None, device="cpu", low_cpu_mem_usage=True, use_triton=True,
+        inject_fused_attention=False, inject_fused_mlp=False, use_cuda_fp16=True, quantize_config=None, model_basename="model",
+        use_safetensors=True, trust_remote_code=False, warmup_triton=False, trainable=True, disable_exllama=None,
+        disable_exllamav2=False, use_marlin=False, use_tritonv2=False, torch_dtype="float32", cache_dir=None, revision=None,
+    )  # fmt: skip
+    loaded.warmup_triton()
+    loaded.enable_trainable_mode()
+    loaded.disable_trainable_mode()
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7]])
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-2)
+
+
+def test_adapters_under_their_old_names(opt_folder, examples, tmp_path):
+    """Its examples/peft: train on all linears, save, load to infer."""
+    peft = pytest.importorskip("peft")
+    from qcore.compat.auto_gptq.peft_utils import GPTQAdaLoraConfig, GPTQLoraConfig
+
+    assert (GPTQLoraConfig, GPTQAdaLoraConfig) == (peft.LoraConfig, peft.AdaLoraConfig)
+    model = AutoGPTQForCausalLM.from_pretrained(
+        opt_folder, BaseQuantizeConfig(group_size=32), torch_dtype=torch.float32
+    )
+    model.quantize(examples)
+    model.save_quantized(tmp_path / "out")
+    peft_config = GPTQLoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM", inference_mode=False)
+    adapted = get_gptq_peft_model(model, peft_config=peft_config, auto_find_all_linears=True, train_mode=True)
+    assert sum(hasattr(module, "lora_A") for module in adapted.modules()) == 12
+    ids = torch.tensor([[5, 6, 7, 8]])
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(adapted(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = AutoGPTQForCausalLM.from_quantized(tmp_path / "out", torch_dtype="float32")
+    again = get_gptq_peft_model(model, model_id=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, adapted(ids).logits, atol=1e-2)
 
 
 def test_the_config_round_trips_and_reads_both_places(tmp_path, opt_folder, examples):
@@ -222,6 +285,9 @@ def test_the_config_round_trips_and_reads_both_places(tmp_path, opt_folder, exam
         (lambda f, e: AutoGPTQForCausalLM.from_pretrained(f, BaseQuantizeConfig(), use_tritn=True), "Did you mean 'use_triton'"),
         (lambda f, e: AutoGPTQForCausalLM.from_quantized(f, bits=3), "no option 'bits'"),
         (lambda f, e: AutoGPTQForCausalLM.from_quantized(), "needs model_name_or_path"),
+        (lambda f, e: AutoGPTQForCausalLM.from_quantized(f, torch_dtype="flaot16"), "torch_dtype='flaot16': expected"),
+        (lambda f, e: get_gptq_peft_model(None, train_mode=True), "needs a peft_config"),
+        (lambda f, e: get_gptq_peft_model(None), "needs model_id"),
         (lambda f, e: AutoGPTQForCausalLM.from_pretrained(f, BaseQuantizeConfig()).quantize([{"ids": [1, 2]}]), "only input_ids"),
     ],
 )  # fmt: skip

@@ -3,6 +3,8 @@ import re
 import sys
 
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner
 
 import qcore
@@ -58,7 +60,14 @@ def test_a_report_is_one_page_with_a_cell_for_each_linear(folder):
 def test_a_report_shows_what_was_measured_and_notes(folder):
     found = reporting.gather(folder)
     found |= {
-        "measured": {"perplexity": 12.3456, "kl": 0.0123, "reference_perplexity": 11.5},
+        "measured": {
+            "perplexity": 12.3456,
+            "kl": 0.0123,
+            "reference_perplexity": 11.5,
+            "windows": 2,
+            "seqlen": 32,
+            "tokens": 62,
+        },
         "notes": ["odd & ends"],
         "provenance": {},
     }
@@ -67,6 +76,26 @@ def test_a_report_shows_what_was_measured_and_notes(folder):
     assert "perplexity; 11.500 before" in texts
     assert "odd & ends" in texts
     assert any("not made by qcore" in text for text in texts)
+    after = texts[texts.index("Before and after") :]
+    row = after.index("perplexity")
+    assert after[row + 1 : row + 4] == ["11.500", "12.346", "+7.4 %"]
+    assert "Measured on 62 tokens of held-out text, in 2 windows of 32." in after
+
+
+def test_a_report_tells_the_plan_and_the_versions(folder):
+    found = reporting.gather(folder)
+    text = page.report_page(found)
+    texts = Balanced(text).texts
+    plan = texts[texts.index("How it was made") :]
+    assert plan[plan.index("torch") + 1] == torch.__version__
+    assert plan[plan.index("transformers") + 1] == transformers.__version__
+    assert "<span class=chip><i>group_size</i> 32</span>" in text
+    assert [layer["name"].rpartition(".")[2] for layer in found["layers"][:4]] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
 
 
 def test_layers_without_an_error_leave_its_map_out(folder):
@@ -74,7 +103,7 @@ def test_layers_without_an_error_leave_its_map_out(folder):
     found["layers"] = [{**layer, "error": None} for layer in found["layers"]]
     texts = Balanced(page.report_page(found)).texts
     assert "Relative error of each linear" not in texts
-    assert "Bits" in texts
+    assert "Bits of each linear" in texts
 
 
 def test_colors_run_from_dark_to_light_and_stay_inside():

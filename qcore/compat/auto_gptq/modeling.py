@@ -29,9 +29,12 @@ _NO_EFFECT = {
     _ONE_KERNEL_INTERFACE, "trainable": "every backend has a gradient", "strict": "every tensor is checked",
     "model_basename": "the files in the folder are found by their content", "low_cpu_mem_usage": "loading streams anyway",
     "use_safetensors": "qcore reads and writes safetensors only", "cache_examples_on_gpu": "memory is used as there is",
-    "max_memory": "device_map spreads a model", "torch_dtype": "the model's own type is kept", "full_cpu_offload":
-    "the model is on the CPU until it is quantized", "quantize_config": "the folder says how it was quantized",
+    "max_memory": "device_map spreads a model", "full_cpu_offload": "the model is on the CPU until it is quantized", "quantize_config": "the folder says how it was quantized",
     "safetensors_metadata": "the provenance stands in qcore.json", "use_fast": "a tokenizer is no part of this",
+    **dict.fromkeys(
+        ("cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "use_auth_token", "subfolder"),
+        "huggingface_hub's own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE",
+    ),
 }  # fmt: skip
 
 
@@ -87,6 +90,7 @@ class BaseGPTQForCausalLM(nn.Module):
         super().__init__()
         self.model, self.quantized, self.quantize_config = model, quantized, quantize_config
         self._tokenizer = tokenizer
+        self._saved_in: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -94,12 +98,14 @@ class BaseGPTQForCausalLM(nn.Module):
         pretrained_model_name_or_path: str | Path,
         quantize_config: BaseQuantizeConfig,
         trust_remote_code: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
         **others: Any,
     ) -> BaseGPTQForCausalLM:
-        """Open a float model in host memory, to be quantized."""
+        """Open a float model in host memory, to be quantized. torch_dtype: None or "auto" keeps the model's own."""
         without_effect("from_pretrained", others, _NO_EFFECT)
         model, tokenizer = api.open_any(pretrained_model_name_or_path, "cpu", trust_remote_code)
-        return cls(model, False, quantize_config, tokenizer)
+        dtype = _dtype(torch_dtype)
+        return cls(model if dtype is None else model.to(dtype), False, quantize_config, tokenizer)
 
     @classmethod
     def from_quantized(
@@ -109,6 +115,8 @@ class BaseGPTQForCausalLM(nn.Module):
         device_map: Any = None,
         trust_remote_code: bool = False,
         save_dir: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
         **others: Any,
     ) -> BaseGPTQForCausalLM:
         """Open a quantized folder or hub repository on a device, in any format qcore reads."""
@@ -116,10 +124,15 @@ class BaseGPTQForCausalLM(nn.Module):
         folder = model_name_or_path or save_dir
         if folder is None:
             raise ConfigError("from_quantized needs model_name_or_path: the folder or hub name of a quantized model.")
-        model = api.load(folder, device=pick_device(device), device_map=device_map, trust_remote_code=trust_remote_code)
+        model = api.load(
+            folder, device=pick_device(device), device_map=device_map, trust_remote_code=trust_remote_code,
+            dtype=_dtype(torch_dtype), revision=revision,
+        )  # fmt: skip
         first = next(iter(model.qcore_info.report["layers"]))
         config = BaseQuantizeConfig(first["bits"], first["group_size"], sym=first["sym"], desc_act=first["act_order"])
-        return cls(model, True, config, model.qcore_info.tokenizer)
+        opened = cls(model, True, config, model.qcore_info.tokenizer)
+        opened._saved_in = Path(folder) if Path(folder).is_dir() else None
+        return opened
 
     @classmethod
     def adapter(cls) -> ModelAdapter | None:
@@ -153,7 +166,7 @@ class BaseGPTQForCausalLM(nn.Module):
         without_effect("save_quantized", others, _NO_EFFECT)
         if not use_safetensors:
             logger.warning("use_safetensors=False: qcore writes safetensors only, and does so now.")
-        save_again(self.model, save_dir, "gptq", self._tokenizer)
+        self._saved_in = save_again(self.model, save_dir, "gptq", self._tokenizer)
 
     def save_pretrained(self, save_dir: str | Path, **others: Any) -> None:
         """The same as save_quantized."""
@@ -171,18 +184,18 @@ class BaseGPTQForCausalLM(nn.Module):
         create_pr: bool = False,
         **others: Any,
     ) -> None:
-        """Save into save_dir where that is not done yet, and upload the folder to the Hugging Face hub."""
+        """Upload a folder to the Hugging Face hub: save_dir, saved into now, or else what was saved last."""
         without_effect("push_to_hub", others, _NO_EFFECT)
         from huggingface_hub import HfApi
 
-        if save_dir is None:
-            raise ConfigError("push_to_hub needs save_dir: the folder that the quantized model is (or was) saved in.")
-        if not Path(save_dir, "config.json").is_file():
+        if save_dir is not None:
             self.save_quantized(save_dir, use_safetensors)
+        if self._saved_in is None:
+            raise ConfigError("push_to_hub: nothing is saved yet. Call save_quantized first, or give save_dir.")
         hub = HfApi(token=token if token is not None else use_auth_token)
         repo = hub.create_repo(repo_id=repo_id, private=private, exist_ok=True, repo_type="model")
         hub.upload_folder(
-            repo_id=repo.repo_id, folder_path=str(save_dir), commit_message=commit_message, create_pr=create_pr
+            repo_id=repo.repo_id, folder_path=str(self._saved_in), commit_message=commit_message, create_pr=create_pr
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,6 +206,14 @@ class BaseGPTQForCausalLM(nn.Module):
         """The transformers model's own, without gradients."""
         with torch.no_grad():
             return self.model.generate(**kwargs)  # type: ignore[operator]
+
+    def warmup_triton(self, enabled: bool = True) -> None:
+        """Nothing to do: kernels are tuned when they first run."""
+
+    def enable_trainable_mode(self, enabled: bool = True) -> None:
+        """Nothing to do: every backend that has a gradient has it always."""
+
+    disable_trainable_mode = enable_trainable_mode
 
     @property
     def device(self) -> torch.device:
@@ -216,6 +237,16 @@ class AutoGPTQForCausalLM:
 
     def __init__(self) -> None:
         raise ModelError("use AutoGPTQForCausalLM.from_pretrained or AutoGPTQForCausalLM.from_quantized.")
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """torch_dtype as transformers takes it; None for the model's own."""
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    found = getattr(torch, given, None)
+    if given != "auto" and not isinstance(found, torch.dtype):
+        raise ConfigError(f"torch_dtype={given!r}: expected a torch dtype, its name, or 'auto'.")
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _tokens(example: Mapping[str, Any]) -> dict[str, Any]:

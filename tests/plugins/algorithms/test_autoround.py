@@ -80,7 +80,9 @@ def test_a_step_goes_against_the_signs_autograd_finds(bits, sym, group_size, see
     G = torch.randn(6, 20, generator=generator)
     expected = autograd_signs(r, r._grouped(G))
     before = [x.clone() for x in r.learned()]
-    r.update(G, torch.tensor(0.01), torch.tensor(0.001))
+    weight = torch.empty(6, 20)
+    r.update(G, 0.01, 0.001, weight)
+    assert torch.equal(weight, r.weight(torch.float32))
     for old, new, grad, lr in zip(before, r.learned(), expected, (0.01, 0.001, 0.001), strict=True):
         clear = grad.abs() > 1e-4 * grad.abs().max()  # below that, rounding errors decide
         assert torch.allclose((new - old)[clear], -lr * grad.sign()[clear], atol=1e-6)
@@ -92,7 +94,7 @@ def test_offsets_and_ranges_stay_within_their_bounds():
     config = QuantConfig(bits=3, sym=False, group_size=8)
     r = Rounding(covering_start(torch.randn(4, 16), config), config)
     for _ in range(8):
-        r.update(torch.randn(4, 16), torch.tensor(0.3), torch.tensor(0.7))
+        r.update(torch.randn(4, 16), 0.3, 0.7, torch.empty(4, 16))
     assert float(r.V.abs().max()) <= 0.5
     assert all(float(x.min()) >= 0 and float(x.max()) <= 2 for x in (r.alpha, r.beta))
 
@@ -104,7 +106,7 @@ def test_what_is_frozen_is_what_was_tuned(bits, sym, group_size, seed):
     r = Rounding(covering_start(torch.randn(5, 24, generator=generator), config), config)
     for x, spread in zip(r.learned(), (0.5, 0.3, 0.3), strict=True):
         x.add_((torch.rand(x.shape, generator=generator) * 2 - 1) * spread)
-    weight = r.freeze(None)
+    weight = r.canonical(r.freeze(), None)
     assert torch.equal(weight.dequantize(), r.weight(torch.float32))
     assert not weight.act_order
     assert int(weight.zeros.min()) >= 1
@@ -126,6 +128,11 @@ def test_the_papers_start_covers_every_weight(sym):
 # ---- where tuning starts ---------------------------------------------------------------------------------------------
 
 
+def frozen(start, config):
+    rounding = Rounding(start, config)
+    return rounding.canonical(rounding.freeze(), None)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [16, 40, -1])
 def test_gptqs_compensated_weights_round_to_gptqs_codes(bits, group_size):
@@ -134,10 +141,10 @@ def test_gptqs_compensated_weights_round_to_gptqs_codes(bits, group_size):
     config, recipe = QuantConfig(bits=bits, group_size=group_size, sym=False), Gptq.Params()
     expected = solve(W, H, config, recipe)
     start = gptq_start(W, H, None, config, recipe)
-    found = Rounding(start, config).freeze(None)
+    found = frozen(start, config)
     assert float((found.codes.float() != expected.codes).float().mean()) < 1e-3  # a tie may fall either way
     assert torch.equal(found.scales.float(), expected.scales)
-    plain = Rounding(Start(W, expected.scales, expected.zeros), config).freeze(None)
+    plain = frozen(Start(W, expected.scales, expected.zeros), config)
     assert float((plain.codes != found.codes).float().mean()) > 0.02, "nothing was compensated: the test shows nothing"
 
 
@@ -283,6 +290,20 @@ def test_minmax_lr_is_how_far_ranges_go(tunings):
             assert 0.9 * lr * 5.5 < moved(tunings[-1], number) < 1.01 * lr * 5.5
 
 
+def test_layer_lr_is_how_much_further_some_linears_go(tunings):
+    layers = layers_of(
+        quantize(iters=10, lr=0.01, minmax_lr=0.001, checks=0, layer_lr={"down": 2.0, "blocks.1.up": 0.5})
+    )
+    far = {name: float(r.V.abs().max()) / (0.01 * 5.5) for name, r in tunings[-1].roundings.items()}
+    assert far.pop("blocks.1.down") == pytest.approx(2, rel=0.1)
+    assert far.pop("blocks.1.up") == pytest.approx(0.5, rel=0.1)
+    assert list(far.values()) == [pytest.approx(1, rel=0.1)] * 4
+    ranges = {name: float((r.beta - 1).abs().max()) for name, r in tunings[-1].roundings.items()}
+    assert ranges["blocks.1.down"] == pytest.approx(2 * ranges["blocks.1.gate"], rel=0.1)
+    assert "'blocks.1.up' fits no linear of this block" in layers["blocks.0.up"]["note"]
+    assert "note" not in layers["blocks.1.up"]
+
+
 def test_without_minmax_tuning_ranges_stay(tunings):
     quantize(iters=10, enable_minmax_tuning=False, checks=0, sym=False)
     assert moved(tunings[-1], 1) == moved(tunings[-1], 2) == 0 < moved(tunings[-1], 0)
@@ -347,12 +368,13 @@ def test_without_amp_a_half_model_is_tuned_in_float32():
 
 
 def test_low_gpu_mem_usage_keeps_hidden_states_on_the_host(monkeypatch):
-    places = []
-    monkeypatch.setattr(qcore.run, "_activation_device", lambda *args: places.append(args) or torch.device("cpu"))
+    places, keeper = [], qcore.run.keeper
+    monkeypatch.setattr(qcore.run, "keeper", lambda device, keep: places.append(keep) or keeper(device, keep))
     quantize(iters=2, low_gpu_mem_usage=True, adapter="tiny", plugins=with_tiny_adapter())
-    assert not places
+    assert set(places) == {"host"}
+    places.clear()
     quantize(iters=2, adapter="tiny", plugins=with_tiny_adapter())
-    assert places
+    assert set(places) == {"device"}
 
 
 def test_blocks_may_be_tuned_together(tunings, weights_of):
@@ -372,11 +394,13 @@ def test_outliers_do_not_count(monkeypatch):
     assert losses[0] > 1.01 * losses[1] > 2 * losses[2]
 
 
-def test_the_best_parameters_seen_are_kept(tunings):
+def test_the_best_parameters_seen_are_kept(weights_of):
     """Steps so large that the end is worse than the beginning."""
-    layer = layers_of(quantize(TinyModel(depth=1), bits=8, iters=10, lr=0.5, checks=10))["blocks.0.down"]
+    model = quantize(TinyModel(depth=1), bits=8, iters=10, lr=0.5, checks=10)
+    layer = layers_of(model)["blocks.0.down"]
     assert (layer["step"], layer["loss"]) == (0, layer["loss_before"])
-    assert moved(tunings[-1], 0) == 0
+    start = weights_of(quantize(TinyModel(depth=1), bits=8, iters=10, lr=1e-6, minmax_lr=1e-9, checks=0))
+    assert all(weight.equal(start[name]) for name, weight in weights_of(model).items())
     layer = layers_of(quantize(TinyModel(depth=1), bits=8, iters=10, lr=0.5, checks=0))["blocks.0.down"]
     assert layer["step"] == 10
     assert layer["loss"] > layer["loss_before"]
@@ -390,8 +414,26 @@ def test_compile_is_asked_for_by_option(monkeypatch):
     )
     quantize(TinyModel(depth=1), iters=2)
     assert not any(seen)
-    quantize(TinyModel(depth=1), iters=2, compile=True)
-    assert seen[-1]
+    quantize(TinyModel(depth=1), iters=2, compile=True, checks=0)
+    assert sum(seen) == 2, "the steps, not what is looked at once"
+
+
+def test_equal_blocks_are_compiled_once_and_whole(monkeypatch):
+    """One graph for the steps of all blocks: none is compiled again for the next block, for a check, or in pieces."""
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(blocks._run, backend=backend, fullgraph=True)
+    monkeypatch.setattr(blocks, "_compiled_run", lambda: compiled)
+    model = tiny_transformer(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, vocab_size=50
+    )
+    quantize(model, iters=3, group_size=16, compile=True)
+    assert len(graphs) == 1
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(weights_of):
@@ -452,7 +494,8 @@ def test_no_iterations_is_plain_rounding_and_says_so(weights_of):
 @pytest.mark.parametrize(
     "options",
     [{"iters": -1}, {"lr": 0}, {"lr": -0.1}, {"minmax_lr": 0}, {"bs": 0}, {"gradient_accumulate_steps": 0}, {"n_blocks": 0},
-     {"preset": "fast"}, {"start": "awq"}, {"outliers": 1.0}, {"checks": -1}, {"float_targets": 2}],
+     {"preset": "fast"}, {"start": "awq"}, {"outliers": 1.0}, {"checks": -1}, {"float_targets": 2},
+     {"layer_lr": {"down": 0}}],
 )  # fmt: skip
 def test_impossible_values_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

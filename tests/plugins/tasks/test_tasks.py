@@ -8,13 +8,14 @@ import types
 
 import pytest
 import torch
+from click.testing import CliRunner
 from qcore_plugins.tasks import samples
 from qcore_plugins.tasks.lm_eval_harness import Harness
 from qcore_plugins.tasks.sequence_classification import closest, edit_distance, vote
 from transformers import GenerationConfig
 
 import qcore
-from qcore import ConfigError, EvaluationError
+from qcore import ConfigError, EvaluationError, cli
 
 ROWS = [
     {"prompt": "The assert statement is", "label": " a convenient way"},
@@ -80,10 +81,13 @@ def test_results_before_and_after_stand_side_by_side(llama_folder, tmp_path):
     assert found["perplexity"] != found["reference_perplexity"]
 
 
-def test_a_dataloader_of_the_callers_own_is_used_as_it_is(llama, tokenizer):
+@pytest.mark.parametrize("named", ["label", "labels"])
+def test_a_dataloader_of_the_callers_own_is_used_as_it_is(llama, tokenizer, named):
     ids = tokenizer("The assert statement", return_tensors="pt")["input_ids"]
     labels = torch.where(torch.arange(ids.shape[1]) < 2, samples.IGNORED, ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": labels}
+    if named != "label":
+        batch[named] = batch.pop("label")
     found = run(llama, "language_modeling", tokenizer, dataloader=torch.utils.data.DataLoader([batch], batch_size=None))
     assert found["perplexity"] == pytest.approx(math.exp(llama(ids, labels=labels).loss.item()), rel=1e-5)
 
@@ -248,6 +252,8 @@ def test_a_label_too_long_is_cut_at_its_end_in_language_modeling(tokenizer):
          ConfigError, r"may use \{prompt\}"),
         ("text_summarization", {"data_name_or_path": [{"prompt": "word " * 400, "label": "x"}], "truncate_prompt": False},
          EvaluationError, "none of the 1 samples fits into 256 tokens"),
+        ("sequence_classification", {"dataloader": [], "classes": CLASSES}, EvaluationError, "the dataloader is empty"),
+        ("text_summarization", {"dataloader": [{"input_ids": 1}]}, EvaluationError, "batch 1 .* has no attention_mask, label"),
         ("classification", {}, ConfigError, "no task is called 'classification'. Did you mean 'sequence_classification'"),
         ("lm_eval", {}, ConfigError, "needs names behind a colon"),
         ("lm_eval:no_such_task", {"include_defaults": False}, ConfigError, "has no task 'no_such_task'"),
@@ -297,11 +303,14 @@ def harness_task(tmp_path):
     return tmp_path, questions
 
 
-def test_lm_evaluation_harness_scores_a_quantized_model(llama, tokenizer, harness_task, monkeypatch):
+def test_lm_evaluation_harness_scores_a_quantized_model(llama_folder, harness_task, tmp_path, monkeypatch):
+    """By the command, as a user would; the expected accuracy is computed from the model's logits."""
     pytest.importorskip("lm_eval")
     folder, questions = harness_task
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-    model = qcore.quantize(llama, "rtn", bits=4, group_size=32)
+    out = qcore.quantize(llama_folder, "rtn", bits=4, group_size=32, output=tmp_path / "out")
+    model = qcore.load(out)
+    tokenizer = model.qcore_info.tokenizer
 
     @torch.no_grad()
     def likelihood(prompt, choice):
@@ -311,5 +320,7 @@ def test_lm_evaluation_harness_scores_a_quantized_model(llama, tokenizer, harnes
 
     answers = [max(range(3), key=lambda i: likelihood(each["q"], each["choices"][i])) for each in questions]
     expected = sum(answer == each["gold"] for answer, each in zip(answers, questions, strict=True)) / 3
-    found = run(model, "lm_eval:qcore_local", tokenizer, include_path=str(folder), include_defaults=False)
-    assert found == {"qcore_local/acc": pytest.approx(expected)}
+    command = ["eval", str(out), "--task", "lm_eval:qcore_local", "--set", f"include_path={folder}"]
+    found = CliRunner().invoke(cli.cli, [*command, "--set", "include_defaults=false", "--json"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["qcore_local/acc"] == pytest.approx(expected)

@@ -1,0 +1,447 @@
+/*
+ * Products by a weight of 2 to 8 bits on CPUs: y[m][n] = x[m][k] W[n][k]^T.
+ *
+ * Outputs are cut into tiles of 16, one for each lane of a vector; a tile's codes lie one after the other as they are multiplied, so
+ * that each tile is one stream of whole cache lines:
+ *
+ *      packed [tile][block of 32 columns][lines of 64 bytes]     a word of 32 bits for each output of the tile
+ *
+ *      4 bits   4 lines of 8 columns      codes are signed (code - 2^(bits-1)), even columns in a word's low half, odd ones in its
+ *      2 bits   2 lines of 16 columns     high half, so that pairs of them can be looked up for bfloat16
+ *      3 bits   2 lines of the low bits as with 2 bits, 1 line of the top bits of 32 columns
+ *      8 bits   32 columns of 16 bytes    5, 6 and 7 bits too
+ *
+ *      meta   [tile][group][scales, then zeros - 2^(bits-1) where asym][16]     float or half
+ *
+ * Tokens are cut into panels of 1, 2, 4 or 8 rows, x copied so that the values that meet one column lie side by side. A thread
+ * takes some tiles at a time and multiplies them with all panels while they are in its cache.
+ */
+#include "qcore_cpu.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TILE 16
+#define BLOCK 32 /* columns of a block; groups begin at multiples of it */
+#define MOST_THREADS 256
+#define SERIAL_WORK (1 << 17) /* products of codes and tokens that one thread does sooner than it wakes another */
+#define CACHED 262144         /* bytes of x that are multiplied with several tiles before the next come */
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float panel_float; /* an element of a panel: a float, or a pair of bfloat16 */
+typedef void (*Parallel)(void (*work)(void *), void *job, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+typedef struct Matmul {
+    int bits, dtype, rows, asym, half_meta, pairs; /* bits as stored; rows of a panel; pairs: panels hold bfloat16 */
+    int64_t m, n, columns, k, blocks, groups, group_blocks, group_bytes;
+    const char *x, *meta;
+    int64_t ldx;
+    const uint8_t *packed;
+    const int32_t *perm;
+    char *y;
+    int64_t ldy;
+    panel_float *panels; /* [panel][column or pair of columns][rows] */
+    int64_t panel_size;
+    float *x_sums; /* [panel][group][rows], where asym */
+    int64_t pieces, piece_tiles;
+    void (*multiply)(const struct Matmul *job, int64_t tile, int64_t panel);
+    atomic_llong next;
+    atomic_int status;
+} Matmul;
+
+/* ---- numbers ---- */
+
+static float bits_to_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint32_t float_to_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
+    if (!exponent) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f; /* no float32 subnormal on the way */
+    return bits_to_float(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+
+/* To nearest, ties to even. */
+static uint16_t float_to_half(float f) {
+    const uint32_t bits = float_to_bits(f), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000) /* the step of floats from 0.5 to 1 is that of subnormal halves */
+        return (uint16_t)(sign | (float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10)));
+}
+
+static uint16_t float_to_bfloat(float f) {
+    const uint32_t bits = float_to_bits(f);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float load(const char *from, int dtype, int64_t i) {
+    if (dtype == QC_FLOAT32) return ((const float *)from)[i];
+    const uint16_t half = ((const uint16_t *)from)[i];
+    return dtype == QC_BFLOAT16 ? bits_to_float((uint32_t)half << 16) : half_to_float(half);
+}
+
+static inline void store(char *to, int dtype, int64_t i, float value) {
+    if (dtype == QC_FLOAT32)
+        ((float *)to)[i] = value;
+    else
+        ((uint16_t *)to)[i] = dtype == QC_BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+static int64_t size_of(int dtype) { return dtype == QC_FLOAT32 ? 4 : 2; }
+
+static void write_out(const Matmul *job, int64_t row, int64_t tile, const float *values) {
+    const int64_t first = tile * TILE, count = job->n - first < TILE ? job->n - first : TILE;
+    if (row >= job->m) return;
+    char *to = job->y + (row * job->ldy + first) * size_of(job->dtype);
+    if (job->dtype == QC_FLOAT32)
+        memcpy(to, values, (size_t)count * 4);
+    else
+        for (int64_t j = 0; j < count; j++) store(to, job->dtype, j, values[j]);
+}
+
+/* ---- the products ---- */
+
+/* What a look-up of sixteen finds: signed codes of `bits` bits, whatever is in the bits above them. */
+#define OF16(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#define SIGNED2(i) ((i) & 2 ? ((i) & 3) - 4 : (i) & 3)
+#define SIGNED3(i) ((i) & 4 ? ((i) & 7) - 8 : (i) & 7)
+#define SIGNED4(i) ((i) & 8 ? (i) - 16 : (i))
+
+#define PORTABLE 1
+#define AVX2 2
+#define AVX512 3
+#define AVX512_BF16 4
+
+#define LEVEL portable
+#define LEVEL_TARGET
+#define LEVEL_KIND PORTABLE
+#define LEVEL_ROWS 4
+#define STEP 1
+#include "matmul_tile.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+static const float float_table[9][TILE] = {[2] = {OF16(SIGNED2)}, [3] = {OF16(SIGNED3)}, [4] = {OF16(SIGNED4)}};
+
+#define LEVEL avx2
+#define LEVEL_TARGET __attribute__((target("avx2,fma,f16c")))
+#define LEVEL_KIND AVX2
+#define LEVEL_ROWS 4
+#define STEP 1
+#include "matmul_tile.h"
+
+#define LEVEL avx512
+#define LEVEL_TARGET __attribute__((target("avx512f")))
+#define LEVEL_KIND AVX512
+#define LEVEL_ROWS 8
+#define STEP 1
+#include "matmul_tile.h"
+
+#if defined(__clang__) || __GNUC__ >= 11
+#define HAS_BF16 1
+/* The upper half of a small integer as a float: 0, ±1, ±2 … ±8. */
+#define SMALL(v) ((v) < 0 ? 0x8000 | POSITIVE(-(v)) : POSITIVE(v))
+#define POSITIVE(v)                                                                                                    \
+    ((v) == 0   ? 0                                                                                                    \
+     : (v) == 1 ? 0x3f80                                                                                               \
+     : (v) < 4  ? 0x4000 | ((v) - 2) << 6                                                                              \
+     : (v) < 8  ? 0x4080 | ((v) - 4) << 5                                                                              \
+                : 0x4100 | ((v) - 8) << 4)
+#define BFLOAT2(i) SMALL(SIGNED2(i))
+#define BFLOAT3(i) SMALL(SIGNED3(i))
+#define BFLOAT4(i) SMALL(SIGNED4(i))
+static const uint16_t bfloat_table[9][2 * TILE] = {[2] = {OF16(BFLOAT2), OF16(BFLOAT2)},
+                                                   [3] = {OF16(BFLOAT3), OF16(BFLOAT3)},
+                                                   [4] = {OF16(BFLOAT4), OF16(BFLOAT4)}};
+
+#define LEVEL avx512_bf16
+#define LEVEL_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define LEVEL_KIND AVX512_BF16
+#define LEVEL_ROWS 8
+#define STEP 2
+#include "matmul_tile.h"
+#endif
+#endif
+
+int qc_matmul_level(void) {
+#if defined(__x86_64__)
+#if HAS_BF16
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"))
+        return QC_LEVEL_AVX512_BF16;
+#endif
+    if (__builtin_cpu_supports("avx512f")) return QC_LEVEL_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return QC_LEVEL_AVX2;
+#endif
+    return QC_LEVEL_PORTABLE;
+}
+
+static void choose_level(Matmul *job, int level) {
+    int widest = 4;
+    job->multiply = multiply_portable;
+#if defined(__x86_64__)
+    if (level == QC_LEVEL_AVX2) job->multiply = multiply_avx2;
+    if (level >= QC_LEVEL_AVX512) {
+        job->multiply = multiply_avx512;
+        widest = 8;
+    }
+#if HAS_BF16
+    job->pairs = level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16;
+    if (job->pairs) job->multiply = multiply_avx512_bf16;
+#endif
+#endif
+    job->rows = widest;
+    if (job->m == 1) job->rows = 1;
+    if (level >= QC_LEVEL_AVX2 && job->m == 2) job->rows = 2;
+    if (job->m == 3 || job->m == 4) job->rows = 4;
+}
+
+/* Element `column` of a row of x in packed order, 0 where there is none. */
+static inline float x_at(const Matmul *job, const char *row, int64_t column) {
+    if (job->perm) column = job->perm[column];
+    return column < 0 || column >= job->columns ? 0.0f : load(row, job->dtype, column);
+}
+
+/* Copy the tokens of a panel next to each other, and sum them over groups. */
+static void fill_panel(const Matmul *job, int64_t panel) {
+    const int rows = job->rows;
+    const int64_t padded = job->blocks * BLOCK;
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = panel * rows + r;
+        const char *from = job->x + row * job->ldx * size_of(job->dtype);
+        panel_float *to = job->panels + panel * job->panel_size;
+        uint16_t *halves = (uint16_t *)to;
+        for (int64_t c = 0; c < padded; c++) {
+            const float value = row < job->m && c < job->k ? x_at(job, from, c) : 0.0f;
+            if (job->pairs)
+                halves[((c >> 1) * rows + r) * 2 + (c & 1)] = (uint16_t)(float_to_bits(value) >> 16);
+            else
+                to[c * rows + r] = value;
+        }
+        if (!job->asym) continue;
+        for (int64_t g = 0, c = 0; g < job->groups; g++) {
+            double sum = 0;
+            for (int64_t end = c + job->group_blocks * BLOCK; c < end && c < padded; c++)
+                sum += job->pairs ? bits_to_float((uint32_t)halves[((c >> 1) * rows + r) * 2 + (c & 1)] << 16) : to[c * rows + r];
+            job->x_sums[(panel * job->groups + g) * rows + r] = (float)sum;
+        }
+    }
+}
+
+static void fill_panels(void *argument) {
+    Matmul *job = argument;
+    const int64_t panels = (job->m + job->rows - 1) / job->rows;
+    int64_t panel;
+    while ((panel = atomic_fetch_add(&job->next, 1)) < panels) fill_panel(job, panel);
+}
+
+static void multiply_tiles(void *argument) {
+    Matmul *job = argument;
+    const int64_t tiles = (job->n + TILE - 1) / TILE, panels = (job->m + job->rows - 1) / job->rows;
+    int64_t some = CACHED / (job->panel_size * 4), piece;
+    if (some < 1) some = 1;
+    while ((piece = atomic_fetch_add(&job->next, 1)) < job->pieces) {
+        const int64_t last = (piece + 1) * job->piece_tiles < tiles ? (piece + 1) * job->piece_tiles : tiles;
+        for (int64_t first = 0; first < panels; first += some)
+            for (int64_t tile = piece * job->piece_tiles; tile < last; tile++)
+                for (int64_t panel = first; panel < panels && panel < first + some; panel++) job->multiply(job, tile, panel);
+    }
+}
+
+/* ---- threads ---- */
+
+typedef struct {
+    void (*work)(void *);
+    void *job;
+} Task;
+
+static void *start(void *argument) {
+    const Task *task = argument;
+    task->work(task->job);
+    return NULL;
+}
+
+/* Have `threads` threads do a job, this one among them: those of an OpenMP runtime when one is given, otherwise new ones. */
+static void in_threads(void (*work)(void *), void *job, int threads, void *parallel) {
+    if (threads > 1 && parallel) {
+        ((Parallel)parallel)(work, job, (unsigned)threads, 0);
+        return;
+    }
+    Task task = {work, job};
+    pthread_t started[MOST_THREADS];
+    int count = 0;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    while (count < threads - 1 && pthread_create(&started[count], NULL, start, &task) == 0) count++;
+    work(job);
+    while (count > 0) pthread_join(started[--count], NULL);
+}
+
+/* ---- the interface ---- */
+
+static int stored_bits(int bits) { return bits <= 4 ? bits : 8; }
+
+/* Fill in the sizes; 0 when they are out of range. */
+static int sizes(Matmul *job, int bits, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta) {
+    const int64_t most = (int64_t)1 << 31;
+    if (bits < 2 || bits > 8 || n < 1 || columns < 1 || k < 1 || n > most || columns > most || k > most) return 0;
+    if (group_size != -1 && (group_size < BLOCK || group_size % BLOCK)) return 0;
+    job->bits = stored_bits(bits);
+    job->n = n;
+    job->columns = columns;
+    job->k = k;
+    job->blocks = (k + BLOCK - 1) / BLOCK;
+    job->group_blocks = group_size == -1 ? job->blocks : group_size / BLOCK;
+    job->groups = (job->blocks + job->group_blocks - 1) / job->group_blocks;
+    job->asym = asym != 0;
+    job->half_meta = half_meta != 0;
+    job->group_bytes = TILE * (half_meta ? 2 : 4) * (asym ? 2 : 1);
+    return 1;
+}
+
+int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
+                  int half_meta, const void *x, int64_t ldx, const void *packed, const void *meta, const int32_t *perm,
+                  void *y, int64_t ldy, int threads, int level, void *parallel) {
+    Matmul job = {.dtype = dtype, .m = m, .x = x, .ldx = ldx, .packed = packed, .meta = meta, .perm = perm, .y = y, .ldy = ldy};
+    if (!sizes(&job, bits, n, columns, k, group_size, asym, half_meta)) return QC_BAD_ARGUMENT;
+    if (m < 0 || m > (int64_t)1 << 31 || dtype < QC_FLOAT32 || dtype > QC_FLOAT16 || threads < 1) return QC_BAD_ARGUMENT;
+    if (!perm && columns != k) return QC_BAD_ARGUMENT;
+    if (m == 0) return QC_OK;
+    if (!x || !packed || !meta || !y || (m > 1 && (ldx < columns || ldy < n)) || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
+    if (level < QC_LEVEL_BEST || level > qc_matmul_level()) return QC_BAD_LEVEL;
+    choose_level(&job, level == QC_LEVEL_BEST ? qc_matmul_level() : level);
+
+    const int64_t panels = (m + job.rows - 1) / job.rows, tiles = (n + TILE - 1) / TILE;
+    job.panel_size = job.blocks * BLOCK * job.rows / (job.pairs ? 2 : 1);
+    const size_t x_bytes = (size_t)(panels * job.panel_size) * 4, sum_bytes = (size_t)(panels * job.groups * job.rows) * 4;
+    char *scratch = malloc(x_bytes + (job.asym ? sum_bytes : 0) + 64);
+    if (!scratch) return QC_NO_MEMORY;
+    job.panels = (panel_float *)(scratch + (64 - (uintptr_t)scratch % 64));
+    job.x_sums = (float *)((char *)job.panels + x_bytes);
+    const int64_t work = tiles * TILE * job.blocks * BLOCK;
+    if (work * job.rows * panels < SERIAL_WORK || tiles == 1) threads = 1;
+    in_threads(fill_panels, &job, panels > 1 && m * k > SERIAL_WORK ? threads : 1, parallel);
+    /* a thread takes about a sixteenth of its share at a time, as others may be held up; and few tiles, which stay in its cache */
+    job.piece_tiles = tiles / (16 * threads) < 1 ? 1 : tiles / (16 * threads) > 8 ? 8 : tiles / (16 * threads);
+    job.pieces = (tiles + job.piece_tiles - 1) / job.piece_tiles;
+    atomic_store(&job.next, 0);
+    in_threads(multiply_tiles, &job, threads, parallel);
+    free(scratch);
+    return QC_OK;
+}
+
+/* ---- the layout ---- */
+
+/* Where column c (of 32) of an output (of 16) lies in a block of 2 or 4 bits: word and shift. */
+static inline int64_t word_of(int bits, int64_t c, int64_t lane) { return TILE * (c / (32 / bits)) + lane; }
+static inline int shift_of(int bits, int64_t c) {
+    const int64_t in_line = c % (32 / bits);
+    return (int)(bits * (in_line >> 1) + 16 * (in_line & 1));
+}
+
+static void put_code(uint8_t *block, int bits, int64_t c, int64_t lane, uint32_t code) {
+    uint32_t *words = (uint32_t *)block;
+    if (bits == 8) {
+        block[TILE * c + lane] = (uint8_t)code;
+    } else if (bits == 3) {
+        words[word_of(2, c, lane)] |= (code & 3) << shift_of(2, c);
+        words[2 * TILE + lane] |= (code >> 2 & 1) << shift_of(1, c);
+    } else {
+        words[word_of(bits, c, lane)] |= (code & ((1u << bits) - 1)) << shift_of(bits, c);
+    }
+}
+
+static int get_code(const uint8_t *block, int bits, int64_t c, int64_t lane) {
+    const uint32_t *words = (const uint32_t *)block;
+    if (bits == 8) return (int8_t)block[TILE * c + lane];
+    const uint32_t low = words[word_of(bits == 3 ? 2 : bits, c, lane)] >> shift_of(bits == 3 ? 2 : bits, c);
+    const uint32_t code = bits == 3 ? (low & 3) | (words[2 * TILE + lane] >> shift_of(1, c) & 1) << 2 : low & ((1u << bits) - 1);
+    return (int)code - (code >> (bits - 1) ? 1 << bits : 0);
+}
+
+typedef struct {
+    Matmul job;
+    const uint8_t *codes;
+    uint8_t *packed;
+    int middle;
+} Packing;
+
+static void pack_tiles(void *argument) {
+    Packing *p = argument;
+    const Matmul *job = &p->job;
+    const int64_t tiles = (job->n + TILE - 1) / TILE, block_bytes = 64 * job->bits;
+    int64_t tile;
+    while ((tile = atomic_fetch_add(&p->job.next, 1)) < tiles) {
+        uint8_t *base = p->packed + tile * job->blocks * block_bytes;
+        memset(base, 0, (size_t)(job->blocks * block_bytes));
+        for (int64_t lane = 0; lane < TILE && tile * TILE + lane < job->n; lane++) {
+            const uint8_t *row = p->codes + (tile * TILE + lane) * job->columns;
+            for (int64_t c = 0; c < job->k; c++) {
+                const int64_t column = job->perm ? job->perm[c] : c;
+                if (column >= 0)
+                    put_code(base + c / BLOCK * block_bytes, job->bits, c % BLOCK, lane, (uint32_t)(row[column] - p->middle));
+            }
+        }
+    }
+}
+
+static int valid_perm(const int32_t *perm, int64_t k, int64_t columns) {
+    for (int64_t c = 0; perm && c < k; c++)
+        if (perm[c] < -1 || perm[c] >= columns) return 0;
+    return perm || k == columns;
+}
+
+int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const uint8_t *codes, const int32_t *perm, void *packed,
+                int threads, void *parallel) {
+    Packing p = {.codes = codes, .packed = packed, .middle = 1 << (bits - 1)};
+    if (!sizes(&p.job, bits, n, columns, k, -1, 0, 0) || !codes || !packed || threads < 1 || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
+    if (!valid_perm(perm, k, columns)) return QC_BAD_ARGUMENT;
+    p.job.perm = perm;
+    in_threads(pack_tiles, &p, n * k < SERIAL_WORK ? 1 : threads, parallel);
+    return QC_OK;
+}
+
+/* The weight of 16 outputs at a time; columns that no packed one holds are left alone. */
+static void unpack_tiles(void *argument) {
+    Matmul *job = argument;
+    const int64_t tiles = (job->n + TILE - 1) / TILE;
+    const int meta_type = job->half_meta ? QC_FLOAT16 : QC_FLOAT32;
+    int64_t tile;
+    while ((tile = atomic_fetch_add(&job->next, 1)) < tiles)
+        for (int64_t lane = 0; lane < TILE && tile * TILE + lane < job->n; lane++) {
+            char *row = job->y + (tile * TILE + lane) * job->ldy * size_of(job->dtype);
+            for (int64_t c = 0; c < job->k; c++) {
+                const int64_t column = job->perm ? job->perm[c] : c, group = c / BLOCK / job->group_blocks;
+                if (column < 0) continue;
+                const char *meta = job->meta + (tile * job->groups + group) * job->group_bytes;
+                const float zero = job->asym ? load(meta + job->group_bytes / 2, meta_type, lane) : 0.0f;
+                const uint8_t *block = job->packed + (tile * job->blocks + c / BLOCK) * 64 * job->bits;
+                const float value = (float)get_code(block, job->bits, c % BLOCK, lane) - zero;
+                store(row, job->dtype, column, load(meta, meta_type, lane) * value);
+            }
+        }
+}
+
+int qc_cpu_dequantize(int bits, int dtype, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta,
+                      const void *packed, const void *meta, const int32_t *perm, void *weight, int64_t ldw, int threads,
+                      void *parallel) {
+    Matmul job = {.dtype = dtype, .packed = packed, .meta = meta, .perm = perm, .y = weight, .ldy = ldw};
+    if (!sizes(&job, bits, n, columns, k, group_size, asym, half_meta) || threads < 1) return QC_BAD_ARGUMENT;
+    if (dtype < QC_FLOAT32 || dtype > QC_FLOAT16 || !packed || !meta || !weight || ldw < columns || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
+    if (!valid_perm(perm, k, columns)) return QC_BAD_ARGUMENT;
+    in_threads(unpack_tiles, &job, n * k < SERIAL_WORK ? 1 : threads, parallel);
+    return QC_OK;
+}

@@ -1,0 +1,341 @@
+"""The backend `cpu`: its kernels against float64 for every instruction set of this machine, threads, checks, reasons."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qcore_plugins import cpu_library
+from qcore_plugins.backends import cpu
+
+import qcore
+from qcore import BackendError, MatmulSpec, QuantConfig, QuantizedWeight, grid
+from qcore.plugins import installed
+from qcore.testing import check_backend, random_weight
+
+BACKEND = cpu.CpuBackend()
+LEVELS = ("best", "portable", "avx2", "avx512", "avx512_bf16")  # as the C ABI numbers them
+DTYPES = tuple(cpu.DTYPES)
+
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"{cpu_library.unavailable()}")
+
+
+def spec_for(weight, dtype=torch.float32):
+    shape = weight.in_features, weight.out_features
+    return MatmulSpec(weight.config, *shape, weight.act_order, dtype, torch.device("cpu"))
+
+
+def product(weight, x):
+    spec = spec_for(weight, x.dtype)
+    return BACKEND.matmul(x, BACKEND.prepare(weight, spec), spec)
+
+
+def any_weight(out, columns, config, order, scale_dtype=torch.float16):
+    """A random weight whose columns lie in order, shuffled, or in groups of any size."""
+    weight = random_weight(out, columns, config, order == "act-order")
+    g_idx = weight.g_idx
+    if order == "any":
+        g_idx = torch.randint(0, weight.scales.shape[1], (columns,), dtype=torch.int32)
+    scales = weight.scales.to(scale_dtype) * 1.001  # float32 scales are then none that float16 holds
+    return QuantizedWeight(weight.codes, scales, weight.zeros, g_idx, config)
+
+
+def assert_within_bound(weight, x, y):
+    """The bound that docs/cpu.md states: float32 sums of exact products, then one rounding to the dtype of x."""
+    W, x64 = weight.dequantize(torch.float64), x.double()
+    middle = grid.symmetric_zero(weight.bits)
+    size = (weight.codes.double() - middle).abs() + grid.spread(weight.zeros.double() - middle, weight.g_idx).abs()
+    size *= grid.spread(weight.scales.double(), weight.g_idx).abs()
+    expected, terms = x64 @ W.t(), x64.abs() @ size.t()
+    info = torch.finfo(x.dtype)
+    rounding = 0.0 if x.dtype == torch.float32 else info.eps / 2
+    bound = (weight.in_features + 8) * 2.0**-24 * terms + rounding * expected.abs() * 1.001 + info.smallest_normal
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert y.is_contiguous()
+    assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@pytest.fixture(
+    params=[level for level in range(1, 5) if level <= cpu_library.load().qc_matmul_level()], ids=LEVELS.__getitem__
+)
+def level(request, monkeypatch):
+    """Each instruction set that this machine has."""
+    monkeypatch.setattr(cpu, "BEST", request.param)
+
+
+# ---- the kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_every_instruction_set_conforms(level):
+    assert check_backend(BACKEND, "cpu", DTYPES) == 4 * 4 * 2 * 3
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_layer_and_input_is_within_the_stated_bound(data):
+    bits = data.draw(st.integers(2, 8), "bits")
+    config = QuantConfig(
+        bits=bits, group_size=data.draw(st.sampled_from([-1, 16, 32, 48, 64, 100, 128])), sym=data.draw(st.booleans())
+    )
+    out, columns = data.draw(st.integers(1, 70), "out"), data.draw(st.integers(1, 300), "columns")
+    order = data.draw(st.sampled_from(["plain", "act-order", "any"]), "order")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    m = data.draw(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 9, 17, 33]), "m")
+    way = data.draw(st.sampled_from(["plain", "strided", "offset", "rows apart", "transposed", "overlapping"]), "x")
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    scale_dtype = data.draw(st.sampled_from([torch.float16, torch.float32]))
+    weight = any_weight(out, columns, config, order, scale_dtype)
+    x = {
+        "plain": lambda: torch.randn(m, columns),
+        "strided": lambda: torch.randn(m, 2 * columns)[:, ::2],
+        "offset": lambda: torch.randn(m * columns + 1)[1:].view(m, columns),
+        "rows apart": lambda: torch.randn(m, columns + 3)[:, 1 : columns + 1],
+        "transposed": lambda: torch.randn(columns, m).t(),
+        "overlapping": lambda: torch.randn(columns).expand(m, columns),
+    }[way]().to(dtype)
+    level = data.draw(st.integers(1, cpu_library.load().qc_matmul_level()), "level")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BEST", level)
+        assert_within_bound(weight, x, product(weight, x))
+
+
+def test_one_output_and_no_tokens(level):
+    weight = random_weight(1, 33, QuantConfig(bits=4, group_size=32, sym=False))
+    for shape in ((33,), (1, 33), (0, 33), (2, 0, 33), (3, 5, 33)):
+        x = torch.randn(shape)
+        y = product(weight, x)
+        assert y.shape == (*shape[:-1], 1)
+        assert torch.allclose(y, x @ weight.dequantize().t(), atol=1e-5)
+
+
+def test_floating_zeros_are_served(level):
+    plain = random_weight(24, 96, QuantConfig(bits=4, group_size=32, sym=False))
+    weight = QuantizedWeight(plain.codes, plain.scales, plain.zeros.float() + 0.3, plain.g_idx, plain.config)
+    x = torch.randn(5, 96)
+    assert_within_bound(weight, x, product(weight, x))
+
+
+def test_extreme_scales_and_inputs_keep_their_values(level):
+    """Subnormal float16 scales, float16 overflow to infinity, and NaN where x has one."""
+    plain = random_weight(16, 64, QuantConfig(bits=4, group_size=32))
+    weight = QuantizedWeight(plain.codes, torch.full_like(plain.scales, 6e-8), plain.zeros, plain.g_idx, plain.config)
+    x = torch.randn(2, 64)
+    assert_within_bound(weight, x, product(weight, x))
+    large = torch.full((1, 64), 60000.0, dtype=torch.float16)
+    assert product(plain, large).isinf().any()
+    assert torch.equal(product(plain, large), product(plain, large.float()).half())
+    for dtype in DTYPES:
+        x = torch.ones(1, 64, dtype=dtype)
+        x[0, 3] = torch.nan
+        assert product(plain, x).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_buffers_may_lie_anywhere(dtype, level):
+    weight = random_weight(40, 96, QuantConfig(bits=3, group_size=32, sym=False), act_order=True)
+    spec = spec_for(weight, dtype)
+    held = BACKEND.prepare(weight, spec)
+
+    def moved(tensor):
+        by = 4 if tensor.dtype == torch.uint8 else 1  # codes are read as words
+        return (
+            torch.cat([tensor.flatten()[:by], tensor.flatten()])[by:].view(tensor.shape) if tensor.numel() else tensor
+        )
+
+    x = torch.randn(3, 96, dtype=dtype)
+    expected = BACKEND.matmul(x, held, spec)
+    assert torch.equal(BACKEND.matmul(x, {name: moved(each) for name, each in held.items()}, spec), expected)
+
+
+def test_threads_do_not_change_a_bit(level, monkeypatch):
+    weight = random_weight(700, 640, QuantConfig(bits=4, group_size=128, sym=False), act_order=True)
+    before = torch.get_num_threads()
+    try:
+        for m in (1, 2, 3, 70):
+            x, found = torch.randn(m, 640), []
+            for runtime in (cpu_library.openmp(), None):
+                monkeypatch.setattr(cpu_library, "openmp", lambda runtime=runtime: runtime)
+                for threads in (1, 2, 3, 7):
+                    torch.set_num_threads(threads)
+                    found.append(product(weight, x))
+            assert all(torch.equal(each, found[0]) for each in found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_threads_at_once_are_independent():
+    from concurrent.futures import ThreadPoolExecutor
+
+    weight = random_weight(256, 512, QuantConfig(bits=4, group_size=128))
+    spec = spec_for(weight)
+    buffers = BACKEND.prepare(weight, spec)
+    inputs = [torch.randn(4, 512) for _ in range(24)]
+    expected = [BACKEND.matmul(x, buffers, spec) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: BACKEND.matmul(x, buffers, spec), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_packed_codes_take_the_bits_they_are_stored_in():
+    for bits, stored in ((2, 2), (3, 3), (4, 4), (5, 8), (8, 8)):
+        weight = random_weight(64, 128, QuantConfig(bits=bits, group_size=64))
+        buffers = BACKEND.prepare(weight, spec_for(weight))
+        assert buffers["packed"].numel() == 64 * 128 * stored // 8
+        assert buffers["meta"].dtype == torch.float16
+        assert buffers["meta"].numel() == 64 * 2
+        assert not buffers["perm"].numel()
+
+
+def test_scales_that_float16_cannot_hold_stay_float32():
+    weight = any_weight(16, 64, QuantConfig(bits=4, group_size=32), "plain", torch.float32)
+    buffers = BACKEND.prepare(weight, spec_for(weight))
+    assert buffers["meta"].dtype == torch.float32
+    assert torch.equal(buffers["meta"].flatten().sort().values, weight.scales.flatten().sort().values)
+
+
+# ---- as a torch op -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_op_passes_torchs_own_checks(act_order):
+    weight = random_weight(8, 96, QuantConfig(bits=4, group_size=48, sym=False), act_order)
+    b = BACKEND.prepare(weight, spec_for(weight))
+    x = torch.randn(3, 96, requires_grad=True)
+    torch.library.opcheck(torch.ops.qcore.cpu_matmul, (x, b["packed"], b["meta"], b["perm"], 4, 64, True, 96, 8))
+
+
+def test_it_compiles_whole_with_inductor():
+    weight = random_weight(48, 64, QuantConfig(bits=4, group_size=32))
+    spec = spec_for(weight)
+    buffers = BACKEND.prepare(weight, spec)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: BACKEND.matmul(torch.relu(x), buffers, spec) + 1, fullgraph=True)
+    for m in (1, 3, 40):
+        x = torch.randn(m, 64)
+        assert torch.allclose(compiled(x), torch.relu(x) @ weight.dequantize().t() + 1, atol=1e-5)
+
+
+def test_in_autocast_x_takes_autocasts_dtype():
+    weight = random_weight(24, 64, QuantConfig(bits=4, group_size=32))
+    x = torch.randn(2, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product(weight, x), product(weight, x.bfloat16()))
+        assert product(weight, x).dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_refused_in_words():
+    weight = random_weight(24, 64, QuantConfig(bits=4, group_size=32))
+    b = BACKEND.prepare(weight, spec_for(weight))
+    numbers = (4, 32, False, 64, 24)
+
+    x = torch.randn(2, 64)
+    torch.ops.qcore.cpu_matmul(x, b["packed"], b["meta"], b["perm"], *numbers)
+    unaligned = torch.cat([b["packed"][:1], b["packed"]])[1:]
+    for given_x, changed, words in (
+        (torch.randn(2, 64, dtype=torch.float64), {}, r"x is torch\.float64"),
+        (torch.randn(2, 65), {}, r"x has the shape \[2, 65\], expected \[\.\.\., 64\]"),
+        (torch.tensor(1.0), {}, r"x has the shape \[\]"),
+        (x.to("meta"), {}, "x is on meta"),
+        (x, {"packed": b["packed"][:-1]}, "packed and meta have"),
+        (x, {"meta": b["meta"].double()}, r"meta torch\.float64"),
+        (x, {"perm": torch.arange(64)}, r"perm torch\.int64"),
+        (x, {"packed": torch.empty(2 * b["packed"].numel(), dtype=torch.uint8)[::2]}, "must be contiguous"),
+        (x, {"packed": unaligned}, "argument is out of range"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            cpu._matmul(given_x, *(b | changed).values(), *numbers)
+
+
+def test_the_library_checks_its_arguments_itself():
+    library = cpu_library.load()
+    x, y, packed, meta = (
+        torch.zeros(4096, dtype=dtype) for dtype in (torch.float32,) * 2 + (torch.uint8, torch.float32)
+    )
+    perm = torch.arange(64, dtype=torch.int32)
+    names = [name.rstrip("#*") for name in cpu_library.CPU.functions["qc_cpu_matmul"][1].split()]
+    good = [
+        4,
+        0,
+        2,
+        16,
+        64,
+        64,
+        32,
+        0,
+        0,
+        x.data_ptr(),
+        64,
+        packed.data_ptr(),
+        meta.data_ptr(),
+        perm.data_ptr(),
+        y.data_ptr(),
+        16,
+        1,
+        0,
+        None,
+    ]
+    assert library.qc_cpu_matmul(*good) == 0
+    for name, value in (
+        ("bits", 1), ("bits", 9), ("dtype", 3), ("dtype", -1), ("m", -1), ("n", 0), ("columns", 0), ("k", 0), ("n", 1 << 40),
+        ("group_size", 0), ("group_size", 33), ("group_size", -2), ("x", None), ("packed", None), ("meta", None), ("y", None),
+        ("ldx", 63), ("ldy", 15), ("threads", 0), ("level", 9), ("level", -1),
+    ):  # fmt: skip
+        assert library.qc_cpu_matmul(
+            *[value if each == name else old for each, old in zip(names, good, strict=True)]
+        ), name
+    for name in ("columns", "k"):  # without a perm both are one number
+        call = [65 if each == name else None if each == "perm" else old for each, old in zip(names, good, strict=True)]
+        assert library.qc_cpu_matmul(*call)
+    codes = torch.zeros(16, 64, dtype=torch.uint8)
+    for wrong in (-2, 64):
+        perm[5] = wrong
+        assert library.qc_cpu_pack(4, 16, 64, 64, codes.data_ptr(), perm.data_ptr(), packed.data_ptr(), 1, None)
+        assert library.qc_cpu_dequantize(
+            4, 0, 16, 64, 64, 32, 0, 0, packed.data_ptr(), meta.data_ptr(), perm.data_ptr(), y.data_ptr(), 64, 1, None
+        )
+        x.fill_(1)
+        assert library.qc_cpu_matmul(*good) == 0, "a column that is nowhere counts as zero"
+
+
+def test_a_failure_is_told_with_all_the_numbers():
+    with pytest.raises(BackendError, match=r"qc_cpu_pack failed with status 1(.|\n)*bits=4, n=0, columns=8"):
+        cpu_library.CPU.call(cpu_library.load(), "qc_cpu_pack", 4, 0, 8, 8, None, None, None, 1, None)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_it_on_a_cpu_and_says_why_not_elsewhere():
+    backends = list(installed().usable("backend").values())
+    spec = MatmulSpec(QuantConfig(bits=4, group_size=128), 256, 64, True, torch.bfloat16, torch.device("cpu"))
+    assert qcore.backend.choose(backends, spec).name == "cpu"
+    for changed, reason in (
+        ({"device": torch.device("cuda")}, "serves CPUs, not cuda"),
+        ({"dtype": torch.float64}, "float32, bfloat16 and float16 activations, not torch.float64"),
+        ({"config": QuantConfig(bits=4, group_size=8)}, "pads groups of 8 columns to 32"),
+    ):
+        other = MatmulSpec(**(vars(spec) | changed))
+        assert reason in BACKEND.why_not(other)
+
+
+def test_without_a_library_the_reference_serves_and_the_reason_is_told(monkeypatch):
+    def missing():
+        raise BackendError("the CPU kernels are not built; run `qcore build-kernels`")
+
+    monkeypatch.delenv("QCORE_CPU_LIBRARY", raising=False)
+    monkeypatch.setattr(cpu_library, "find", missing)
+    backends = list(installed().usable("backend").values())
+    spec = MatmulSpec(QuantConfig(bits=4, group_size=128), 256, 64, False, torch.float32, torch.device("cpu"))
+    assert qcore.backend.choose(backends, spec).name == "torch_reference"
+    with pytest.raises(BackendError, match="cpu: the CPU kernels are not built; run `qcore build-kernels`"):
+        qcore.backend.choose(backends, spec, "cpu")
+
+
+def test_the_threads_are_those_of_torchs_openmp_where_there_is_one():
+    found = hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    assert bool(cpu_library.openmp()) == found
+    assert found or "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]
