@@ -23,7 +23,7 @@ from .errors import ConfigError
 BATCH_TOKENS = {"cpu": 4096}
 BATCH_TOKENS_OF_GPU = 8192
 #: outputs of finished parts of one block kept between replays, so that they are not computed again
-MEMO_BYTES = 2 * 10**9
+MEMO_BYTES = 3 * 10**9 // 2
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}}  # fmt: skip
 
 
@@ -90,14 +90,15 @@ def limited(device: torch.device, limit: int | None) -> Iterator[None]:
     if device.type != "cuda" or limit is None:
         yield
         return
+    index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(
-        min(1.0, limit / torch.cuda.get_device_properties(device).total_memory), device
+        min(1.0, limit / torch.cuda.get_device_properties(index).total_memory), index
     )
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -376,7 +376,7 @@ class _Behind:
         self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
     ) -> None:
         self.journal, self.finished = journal, finished
-        self.ahead = 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
+        self.ahead = _lead(job)
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
             self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
@@ -400,11 +400,24 @@ class _Behind:
                 if self.stream and ready:
                     self.stream.wait_event(ready)
                 if self.journal and is_new:
-                    self.journal.write_block(index, results, records)
+                    self._write(self.journal, index, results, records)
                     return index, results, records, is_new
                 return index, {name: weight.to("cpu") for name, weight in results.items()}, records, is_new
 
         self.queue.append(self.thread.submit(work))
+
+    @staticmethod
+    def _write(
+        journal: Journal, index: int, results: dict[str, QuantizedWeight], records: list[dict[str, Any]]
+    ) -> None:
+        """Write a block, packed on its device where that has room."""
+        try:
+            journal.write_block(index, results, records)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        journal.write_block(index, {name: weight.to("cpu") for name, weight in results.items()}, records)
 
     def give(self, all_of_them: bool = False) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
         """Yield the blocks that are written; wait for those it is too far behind with."""
@@ -414,6 +427,11 @@ class _Behind:
             if is_new:
                 self.finished(index, records)
             yield index, results, records
+
+
+def _lead(job: Job) -> int:
+    """How many blocks the run may be ahead of their writing."""
+    return 0 if job.device.type == "cpu" else job.algorithm.blocks_at_once
 
 
 _Finished = tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]], bool]

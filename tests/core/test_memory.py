@@ -144,3 +144,44 @@ def test_halves_of_a_batch_are_whole_sequences(count, layout):
     seen = [sorted(set(half.flatten().int().tolist())) for half in _halves(x, ids)]
     middle = count - count // 2
     assert seen == [list(range(middle)), list(range(middle, count))][: min(count, 2)]
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["device", "host", "disk"])
+def test_hidden_states_come_and_go_while_a_gpu_works(keep):
+    device = torch.device("cuda")
+    tensors = [torch.randn(4, 512, 1024, device=device) for _ in range(8)]
+    kept = [keeper(device, keep)(x) for x in tensors]
+    wanted = [x.clone() for x in tensors]
+    for turn in range(3):
+        ferry = Ferry(device)
+        for number, x in enumerate(ferry.bring(kept)):
+            assert x.is_cuda
+            result = (x @ torch.eye(1024, device=device)) + turn + number
+            wanted[number] = wanted[number] + turn + number
+            ferry.put(kept[number], result)
+            del x, result
+        ferry.wait()
+    assert all(torch.allclose(a.cuda(), b) for a, b in zip(kept, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_limit_holds_on_a_gpu_and_is_lifted_afterwards():
+    device = torch.device("cuda")
+    with room.limited(device, 2**30), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**31, dtype=torch.uint8, device=device)
+    assert len(torch.empty(2**31, dtype=torch.uint8, device=device)) == 2**31
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_where_hidden_states_stay_changes_no_bit_on_a_gpu(weights_of, monkeypatch, keep):
+    found = []
+    for place in ("device", keep):
+        with monkeypatch.context() as patched:
+            patched.setattr(api, "plan_room", lambda *_, place=place: room.Room(2, 10**9, place))
+            found.append(weights_of(qcore.quantize(TinyModel().cuda(), "gptq", device="cuda", **SETTINGS)))
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])

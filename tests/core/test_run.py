@@ -5,12 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 
 import pytest
 import torch
 
 import qcore
-from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunError
+from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunError, run
 from qcore.run import Journal
 from qcore.testing import random_weight
 
@@ -464,3 +465,71 @@ def test_a_disk_that_cannot_be_written_is_said_so(llama_folder, small_disk):
     resize("ro")
     with pytest.raises(CheckpointError, match=r"cannot be made|[Rr]ead-only"):
         qcore.quantize(llama_folder, output=disk / "out", **SETTINGS)
+
+
+class OutOfOrder(qcore.Algorithm):
+    """GPTQ's stand-in: rounds plainly, and fails at the block that it is told."""
+
+    name = "out-of-order"
+    needs_calibration = False
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.fails_at = fails_at
+
+    def quantize_block(self, block):
+        if block.index == self.fails_at:
+            raise RuntimeError("the GPU fell off")
+        return {name: random_weight(*linear.weight.shape, linear.config) for name, linear in block.linears.items()}
+
+
+def test_a_run_ahead_of_its_writing_writes_what_was_finished_whatever_ends_it(
+    llama_folder, tmp_path, same_files, monkeypatch
+):
+    output = tmp_path / "out"
+    settings = {"bits": 4, "group_size": 32, "format": "gptq"}
+    whole = qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "whole", **settings)
+    monkeypatch.setattr(run, "_lead", lambda job: 2)
+    write, waiting = Journal.write_block, threading.Event()
+
+    def slow(journal, *inputs):
+        waiting.wait(30)
+        write(journal, *inputs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write_block", slow)
+        threading.Timer(1, waiting.set).start()
+        with pytest.raises(RuntimeError, match="fell off"):
+            qcore.quantize(llama_folder, OutOfOrder(fails_at=2), output=output, **settings)
+    assert len(blocks_in(output)) == 2
+    qcore.quantize(llama_folder, OutOfOrder(), output=output, **settings)
+    same_files(whole, output)
+
+
+def test_what_goes_wrong_behind_a_run_ends_it(llama_folder, tmp_path, monkeypatch):
+    def full(journal, *inputs):
+        raise CheckpointError("writing block: the disk is full.")
+
+    monkeypatch.setattr(run, "_lead", lambda job: 2)
+    monkeypatch.setattr(Journal, "write_block", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "out", bits=4, group_size=32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_is_packed_on_the_host_when_the_device_has_no_room_for_it(
+    llama_folder, tmp_path, same_files, monkeypatch
+):
+    settings = {"bits": 4, "group_size": 32}
+    whole = qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "whole", **settings)
+    write, refused = Journal.write_block, set()
+
+    def tight(journal, index, *inputs):
+        if index not in refused:
+            refused.add(index)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        write(journal, index, *inputs)
+
+    monkeypatch.setattr(Journal, "write_block", tight)
+    same_files(whole, qcore.quantize(llama_folder, OutOfOrder(), output=tmp_path / "out", **settings))
+    assert refused == {0, 1, 2}

@@ -69,3 +69,16 @@ def test_the_error_is_that_of_the_outputs(columns):
     Q = W + 0.1 * torch.randn(9, columns, generator=generator)
     expected = float(((W - Q) @ X.t()).norm() / (W @ X.t()).norm())
     assert float(gptq.relative_error(W, Q, X.t() @ X / 40)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_hessian_from_tensor_cores_is_right_to_a_ten_thousandth(dtype):
+    X = (torch.randn(20000, 1000, device="cuda") * torch.logspace(-1, 1, 1000, device="cuda")).to(dtype)
+    hessian = gptq.Hessian(1000, X.device, with_cross=True)
+    for part in X.split(7000):
+        hessian.add(part, part)
+    H, C = hessian.finish()
+    exact = X.double().t() @ X.double() / len(X)
+    for found in (H, C):
+        assert float((found.double() - exact).norm() / exact.norm()) < 3e-4
