@@ -14,13 +14,13 @@ import json
 import os
 import re
 import shutil
-import zlib
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,9 @@ from .weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .plugins import Plugins
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 DTYPES = {
     "F64": torch.float64,
@@ -420,6 +423,23 @@ def refuse(exporter: Exporter, content: Content) -> None:
         raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
 
 
+def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
+    """Yield work(item) for each item, in their order, worked on by a few threads a few items ahead."""
+    threads = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[V]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
 @dataclass(frozen=True)
 class _Recorded(Content):
     """A content that remembers a checksum of every weight that passed, so that verifying need not make it a second time."""
@@ -443,11 +463,11 @@ Checksum = tuple[Any, ...]
 
 
 def checksum(weight: QuantizedWeight) -> Checksum:
-    """What two weights share if they are the same bit for bit; others do by a chance of 2**-32 (crc32 of every tensor)."""
+    """What two weights share if and only if they are the same bit for bit: the digest of every tensor."""
     parts: list[Any] = [weight.config]
     for name in ("codes", "scales", "zeros", "g_idx", "bias"):
         value = getattr(weight, name)
-        parts.append(None if value is None else (value.dtype, tuple(value.shape), zlib.crc32(_bytes_of(value))))
+        parts.append(None if value is None else (value.dtype, tuple(value.shape), hashlib.sha256(_bytes_of(value)).digest()))
     return tuple(parts)
 
 
@@ -461,16 +481,15 @@ def compare(content: Content, again: Content, folder: Path) -> None:
         raise CheckpointError(f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back.")
     passed = content.passed if isinstance(content, _Recorded) else {}
 
-    def difference(name: str) -> str | None:
+    def differs(name: str) -> str | None:
         found = again.weight(name)
         if name in passed and passed[name] == checksum(found):
             return None
         return content.weight(name).difference(found)
 
-    with ThreadPoolExecutor(2) as pool:  # two layers in memory: one is read while the other is unpacked
-        for name, odd in zip(content.layers, pool.map(difference, content.layers), strict=True):
-            if odd:
-                raise CheckpointError(f"{folder}: {name} reads back with a different {odd}; nothing was kept.")
+    for name, difference in zip(content.layers, in_order(differs, content.layers), strict=True):
+        if difference:
+            raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
     if set(again.tensors) != set(content.tensors):
         strays = sorted(set(again.tensors) ^ set(content.tensors))
         raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(strays)}.")
@@ -486,7 +505,7 @@ class FolderExporter(Exporter):
 
     @abstractmethod
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Return full tensor name -> tensor, bias left out."""
+        """Return full tensor name -> tensor, bias left out. Called on several threads at once."""
 
     @abstractmethod
     def config(self, content: Content) -> dict[str, Any]:
@@ -506,15 +525,18 @@ class FolderExporter(Exporter):
         expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
         writer = ShardWriter(folder, expected, self.shard_bytes)
         content = _Recorded.of(content)
-        for name in content.layers:
+
+        def encoded(name: str) -> dict[str, Tensor]:
             weight = content.weight(name)
             reason = self.why_not_exact(weight)
             if reason:
                 raise CheckpointError(f"format {self.name!r} cannot hold {name}: {reason}.")
-            for key, tensor in self.encode(name, weight).items():
+            bias = {} if weight.bias is None else {f"{name}.bias": weight.bias}
+            return {**self.encode(name, weight), **bias}
+
+        for tensors in in_order(encoded, content.layers):
+            for key, tensor in tensors.items():
                 writer.add(key, tensor)
-            if weight.bias is not None:
-                writer.add(f"{name}.bias", weight.bias)
         for name in content.tensors:
             writer.add(name, content.tensor(name))
         writer.close()

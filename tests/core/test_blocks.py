@@ -410,7 +410,7 @@ def test_the_input_of_a_closing_linear_spares_running_what_leads_to_it(monkeypat
     for budget in (20_000, 10**9):  # a batch of hidden states has 16 kB
         found, few = walked(budget, settings, monkeypatch, weights_of)
         assert all(wanted[name].equal(found[name]) for name in wanted)
-        assert sum(few) < sum(many)
+        assert sum(few) < sum(many) or "true_sequential" in settings  # seen in one replay: nothing runs twice
     if not settings:
         assert few[1] == few[2] == 3  # once a batch; watching q_proj itself stops in front of it
         assert many == [12, 12, 9]  # to watch o, gate and down, and, but for the last block, to move on

@@ -16,8 +16,8 @@ CORE = Path(qcore.__file__).parent
 
 #: each file imports only from those above it
 ORDER = [
-    "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "target", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "blocks", "run", "evaluation", "api", "cli", "testing",
+    "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "blocks", "run", "evaluation", "fast", "api", "cli", "testing",
 ]  # fmt: skip
 
 #: what stands on the public door, and is imported by the command line alone
@@ -79,11 +79,11 @@ def docstrings(tree):
 
 
 def names_of_plugins():
-    """Names of the installed plugins and of all they offer, model types included; `self`, `cuda` and `transformers` are others' words too."""
+    """Names of the installed plugins and of all they offer, model types included; `self`, `cpu`, `cuda` and `transformers` are others' words too."""
     offers = [offer for plugin in Plugins(disabled=[]).all for offer in plugin.offers]
     points = {point.name for point in importlib.metadata.entry_points(group="qcore")}
     types = {each for kind, _, adapter in offers if kind == "model" for each in adapter.model_types}
-    return (points | types | {name for _, name, _ in offers}) - {"self", "cuda", "transformers"}
+    return (points | types | {name for _, name, _ in offers}) - {"self", "cpu", "cuda", "transformers"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
