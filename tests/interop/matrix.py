@@ -20,7 +20,7 @@ environment of its own, on a CPU, on the demo model (SmolLM2-135M-Instruct), gro
 Each client continues three prompts by eight tokens, greedily. Gap: how far, in log-probability, a token it chose lies below the one that
 qcore's reference finds likeliest after the same beginning, at most. Mean: distance of the log-probabilities of its six likeliest tokens from
 qcore's, where the client tells them (llama.cpp rounds activations to 8 bits, and is as far from float32 on the file that its own converter
-wrote, the last of its rows; vLLM computes in bfloat16).
+wrote; vLLM computes in bfloat16).
 `check` is what `qcore check` said beforehand.
 
 | client | environment | folder | check | outcome | gap | mean |

@@ -217,7 +217,8 @@ def test_weight_files_stay_below_the_size_asked_for_and_are_indexed(folders, tmp
     target = qcore.convert(source, tmp_path / "out", name, shard_bytes=60_000)
     files = sorted(target.glob("*.safetensors"))
     assert len(files) > 2
-    assert all(file.stat().st_size < 60_000 + 50_000 for file in files)  # and a header
+    for tensors in map(load_file, files):  # a tensor that is larger has a file of its own
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= 60_000
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
     whole = qcore.convert(source, tmp_path / "whole", name)
