@@ -2,7 +2,7 @@
 
     python benchmarks/triton_tune.py [--tokens 1,16,32,64] [--workers 8]
 
-Candidates are compiled first, by several processes into Triton's cache, then timed one by one as benchmarks/matmul.py does.
+Candidates are compiled first, by several processes into Triton's cache, then timed one by one as `qcore bench matmul` does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ import sys
 from functools import partial
 
 import torch
-from matmul import microseconds, packed
 from qcore_plugins.backends import triton as backend
 
-SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672))
+from qcore import MatmulSpec, QuantConfig
+from qcore.plugins import installed
+from qcore.tools import bench
+
+GPU = torch.device("cuda")
+
+
+def products(columns: int, out: int) -> list[bench.Product]:
+    """Products of many weights of a shape, 4 bits, group 128."""
+    spec = MatmulSpec(QuantConfig(bits=4, group_size=128), columns, out, False, torch.float16, GPU)
+    return bench.packed_products(installed().get("backend", "triton"), spec)
 
 
 def candidates(m: int) -> list[backend.Config]:
@@ -33,7 +42,7 @@ PROGRAMS = (264, 528, 1056, 2112)
 
 def compile_share(tokens: list[int], share: int, of: int) -> None:
     """Compile every of-th candidate by running it once, on a small layer."""
-    product = packed("triton", 4096, 4096)[0]
+    product = products(4096, 4096)[0]
     for m in tokens:
         x = torch.randn(m, 4096, device="cuda", dtype=torch.float16)
         for config in candidates(m)[share::of]:
@@ -56,15 +65,15 @@ def main() -> None:
         process.wait()
     for m in tokens:
         found: dict[backend.Config, list[float]] = {}
-        for K, N in SHAPES:
-            products = packed("triton", K, N)
+        for K, N in bench.SHAPES:
+            calls = products(K, N)
             x = torch.randn(m, K, device="cuda", dtype=torch.float16)
             for config, programs in itertools.product(candidates(m), PROGRAMS):
                 chosen = config._replace(programs=programs)
                 backend.config_for = lambda *_, c=chosen: c
-                found.setdefault(chosen, []).append(microseconds([partial(p, x) for p in products]))
+                found.setdefault(chosen, []).append(bench.microseconds([partial(p, x) for p in calls], GPU))
         mean = {config: math.exp(sum(map(math.log, times)) / len(times)) for config, times in found.items()}
-        best = [min(times[i] for times in found.values()) for i in range(len(SHAPES))]
+        best = [min(times[i] for times in found.values()) for i in range(len(bench.SHAPES))]
         print(f"m = {m}: best each {[round(t, 1) for t in best]}")
         for config in sorted(mean, key=lambda c: mean[c])[:4]:
             print(f"  {config}: {[round(t, 1) for t in found[config]]}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -19,7 +20,7 @@ def commands() -> str:
     """Every command with its arguments and options."""
     lines = ["# Commands", "", "`--json` prints one object and nothing else on stdout. Exit codes: 0, 1 for a failure, 2 for wrong",
              "usage, 130 after Ctrl-C.", ""]  # fmt: skip
-    for name, command in sorted(cli.commands.items()):
+    for name, command in _flat(cli):
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
         usage = " ".join(["qcore", name, *(p.make_metavar(click.Context(command)) for p in arguments)])
         lines += [f"## qcore {name}", "", (command.help or "").replace("\n\n", "\n").strip(), "", f"    {usage}", ""]
@@ -37,6 +38,14 @@ def commands() -> str:
             )
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _flat(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command under its full name, those of groups after their group."""
+    for name, command in sorted(group.commands.items()):
+        yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from _flat(command, f"{prefix}{name} ")
 
 
 def api() -> str:

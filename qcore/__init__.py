@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": ("ModelAdapter",),
-    "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams"),
+    "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams", "Task", "Total"),
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
-    "backend": ("Backend", "MatmulSpec"),
+    "backend": ("Backend", "MatmulSpec", "speed_at"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
     "tools.checking": ("check",),
     "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from .algorithm import BlockContext as BlockContext
     from .algorithm import Linear as Linear
     from .algorithm import NoParams as NoParams
+    from .algorithm import Task as Task
+    from .algorithm import Total as Total
     from .api import evaluate as evaluate
     from .api import inspect as inspect
     from .api import load as load
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .api import save as save
     from .backend import Backend as Backend
     from .backend import MatmulSpec as MatmulSpec
+    from .backend import speed_at as speed_at
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
     from .checkpoint import FolderExporter as FolderExporter

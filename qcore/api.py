@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .adapter import ModelAdapter
 from .algorithm import Algorithm
+from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import (
     PROVENANCE,
@@ -29,6 +30,7 @@ from .checkpoint import (
     complete_folder,
     disk_errors,
     folder_config,
+    in_shards,
     read_json,
     resolve_model,
     write_manifest,
@@ -38,12 +40,14 @@ from .errors import CheckpointError, ConfigError, ModelError, QcoreError, sugges
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Content, Exporter, LayerSpec
+from .fast import accelerate
 from .linear import QuantLinear, replace_module
 from .memory import parse_bytes, plan_room
 from .model import (
     FolderWeights,
     ModuleWeights,
     Names,
+    Weights,
     compute_dtype,
     load_float,
     load_quantized,
@@ -54,21 +58,26 @@ from .model import (
     stored_dtype,
 )
 from .plugins import Plugins, installed
+from .ranks import Ranks
 from .run import (
     Job,
     Journal,
     _announce,
+    _calibration_facts,
     _model_dtype,
+    _nobody,
     _vocabulary,
     check_format,
     check_model,
     find_adapter,
+    fingerprint,
     model_digest,
     plan_linears,
     provenance,
     quantize_blocks,
     quantize_to_folder,
     renamed,
+    same_everywhere,
     shape_of,
 )
 from .weight import QuantizedWeight
@@ -113,6 +122,7 @@ def quantize(
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
+    deterministic: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
@@ -129,6 +139,9 @@ def quantize(
         host or the disk. When memory runs out all the same, batches are halved. seed: for everything random.
     device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
+    deterministic: give the same bytes whatever the number of processes (docs/scaling.md).
+
+    Where torch.distributed has a process group, its processes share the run; each must make this call. The first one writes.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
     Raises a QcoreError child for everything the caller can cause.
@@ -161,32 +174,11 @@ def quantize(
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
-    chosen = find_adapter(network, weights, plugins, place, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
-    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place)
-    room = plan_room(
-        place,
-        limit,
-        samples * seqlen * (1 + algorithm.float_stream),
-        seqlen,
-        *_widths(network, linears),
-        dtype.itemsize,
-    )
-    job = Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=linears,
-        device=place,
-        dtype=dtype,
-        seed=seed,
-        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-    )
+    job = make_job(
+        network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
+        batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
+        ranks=Ranks(deterministic),
+    )  # fmt: skip
 
     def float_model() -> nn.Module:
         if folder is None or (target is None and place.type == "cpu"):
@@ -197,28 +189,83 @@ def quantize(
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
         return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
 
+    calibrates, source = algorithm.uses_calibration, identify(calibration)
+    given = make_calibration() if calibrates and source is None else None  # in memory: every process has its own copy
+    used = {"calibration": _calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
+    if job.ranks.size > 1:
+        same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
+
+    def calibrate() -> Calibration:
+        return given or make_calibration()
+
     if target is None:
-        if algorithm.uses_calibration:
-            job.calibration = make_calibration()
+        if calibrates:
+            job.calibration = job.ranks.first(calibrate)
         return _quantize_in_place(job, plugins, tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
-    journal = Journal(target, fresh)
+    journal = Journal(target, fresh, job.ranks)
     try:
-        if algorithm.uses_calibration:
+        if calibrates:
             asked = {
-                "source": identify(calibration),
+                "source": source,
                 "samples": samples,
                 "seqlen": seqlen,
                 "seed": seed,
                 "model": model_digest(folder),
             }
-            job.calibration = journal.calibration(make_calibration, asked)
+            job.calibration = journal.calibration(calibrate, asked)
         report = quantize_to_folder(job, folder, journal, exporter, plugins)
     finally:
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
     return target
+
+
+def make_job(
+    network: nn.Module,
+    weights: Weights,
+    folder: ModelFolder | None,
+    label: str,
+    algorithm: Algorithm,
+    config: QuantConfig,
+    plugins: Plugins,
+    *,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
+    tokens: int,
+    seqlen: int,
+    batch_size: int | None,
+    limit: int | None,
+    seed: int,
+    device: torch.device,
+    adapter: str | ModelAdapter | None,
+    ranks: Ranks,
+) -> Job:
+    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
+
+    limit: bytes of the device's memory to use, or None.
+    """
+    chosen = find_adapter(network, weights, plugins, device, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device)
+    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
+    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
+    return Job(
+        model=network,
+        weights=weights,
+        adapter=chosen,
+        algorithm=algorithm,
+        config=config,
+        linears=linears,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
+        calibration=None,
+        label=label,
+        blocks=chosen.find_blocks(network),
+        ranks=ranks,
+    )
 
 
 #: reports of runs of this process, which know the times that folders do not hold
@@ -241,17 +288,20 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device meant; "auto" is the first GPU, or the CPU.
+    """Return the device meant; "auto" is the current GPU, the first one unless a run of several processes gave out others, or
+    the CPU.
 
     Raises ConfigError for a device this machine has not.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
@@ -282,14 +332,15 @@ def _longest(model: nn.Module) -> int | None:
 
 def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    plugins.call(
+    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell(
         "qcore_run_started",
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
     unknown = _unknown(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, _announce(plugins)):
+    for _, results, found in quantize_blocks(job, None, _announce(tell)):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
@@ -299,7 +350,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
-    plugins.call("qcore_run_finished", report=report)
+    tell("qcore_run_finished", report=report)
     return job.model
 
 
@@ -342,17 +393,19 @@ def save(
     *,
     tokenizer: Any = None,
     manifest: bool = False,
+    shard_bytes: int | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
 
-    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check.
+    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check. shard_bytes: the most a weight file
+    holds (None: 5 GB).
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.
     """
     plugins = plugins or installed()
-    exporter: Exporter = plugins.get("format", format)
+    exporter = in_shards(plugins.get("format", format), shard_bytes)
     target = Path(folder)
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)
@@ -444,32 +497,38 @@ def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter
 def load(
     model: str | Path,
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     device_map: Any = None,
+    fast: bool = False,
+    tokens: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
 ) -> Any:
     """Open a quantized folder or hub repository as an ordinary transformers model.
 
-    backend: a backend's name, or "auto": the highest-ranked one that can serve each layer. dtype: of activations and of
+    backend: a backend's name, a Backend object, or "auto": the fastest that can serve each layer; the
+    environment variable QCORE_BACKEND says what "auto" means. dtype: of activations and of
     what is not quantized (None: as stored; float32 in place of half types on a CPU). device_map: as in accelerate.
+    fast: generate by a compiled step, captured as a CUDA graph on a GPU, and multiply linears of one input as one (qcore.fast).
+    tokens: how many most products will have, for the choice of backends: 1 for generation, many for batches and evaluation.
 
-    Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer.
+    Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer, ModelError when
+    the model cannot be made fast.
     """
     plugins = plugins or installed()
     folder = resolve_model(str(model), plugins, revision)
     exporter, content = open_content(folder, plugins)
-    backends = plugins.usable("backend")
-    if backend != "auto":
-        backends = {backend: plugins.get("backend", backend)}
+    backends, wanted = backends_for(backend, plugins)
     place = pick_device(device)
     network = load_quantized(
-        content, folder, backends, backend=backend, device=place, dtype=dtype, device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        content, folder, backends, backend=wanted, device=place, dtype=dtype, device_map=device_map, tokens=tokens,
+        trust_remote_code=trust_remote_code, **({"together": partial(shared_inputs, plugins=plugins)} if fast else {}),
     )  # fmt: skip
+    if fast:
+        accelerate(network)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
@@ -478,6 +537,27 @@ def load(
     files = content.source or ModelFolder(folder)
     network.qcore_info = info_of(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
     return network
+
+
+def backends_for(backend: str | Backend, plugins: Plugins) -> tuple[Mapping[str, Backend], str]:
+    """Return the backends to choose from, by name, and the name wanted of them, or "auto".
+
+    QCORE_BACKEND names one wherever a caller leaves it to "auto".
+    """
+    if isinstance(backend, Backend):
+        return {backend.name: backend}, backend.name
+    wanted = os.environ.get("QCORE_BACKEND", "auto") if backend == "auto" else backend
+    return plugins.usable("backend") if wanted == "auto" else {wanted: plugins.get("backend", wanted)}, wanted
+
+
+def shared_inputs(model: nn.Module, plugins: Plugins) -> Iterator[list[str]]:
+    """Names of the linears that share an input, as the adapter declared for the model's type has them."""
+    adapter = plugins.adapter_for(str(getattr(model.config, "model_type", "")))
+    if adapter is None:
+        return
+    for name, block in adapter.find_blocks(model):
+        for group in adapter.groups_in(block):
+            yield [f"{name}.{linear}" for linear in group]
 
 
 def _plain_record(layer: LayerSpec) -> dict[str, Any]:
@@ -496,8 +576,9 @@ def open_any(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     plugins: Plugins | None = None,
+    fast: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Return (model, tokenizer) for a module, a float folder or a quantized one."""
+    """Return (model, tokenizer) for a module, a float folder or a quantized one; fast: see `load`."""
     plugins = plugins or installed()
     if isinstance(model, nn.Module):
         info: Info | None = getattr(model, "qcore_info", None)
@@ -505,10 +586,11 @@ def open_any(
     path = resolve_model(str(model), plugins)
     place = pick_device(device)
     if folder_config(path).get("quantization_config"):
-        network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins)
+        network = load(path, device=place, trust_remote_code=trust_remote_code, plugins=plugins, fast=fast)
     else:
         folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
+        network = accelerate(network) if fast else network
     return network, load_tokenizer(path, trust_remote_code)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,6 +28,7 @@ class MatmulSpec:
     act_order: bool
     dtype: torch.dtype  # of the activations
     device: torch.device
+    tokens: int = 1  # that most products will have: 1 for generation
 
 
 class Backend(ABC):
@@ -39,7 +41,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
-    rank: ClassVar[int]  # among usable backends the highest rank is taken by "auto"
+    rank: ClassVar[int]  # among usable backends "auto" takes the highest rank, unless measured speeds say otherwise
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all (missing library, device), or None."""
@@ -56,6 +58,10 @@ class Backend(ABC):
     def why_not(self, spec: MatmulSpec) -> str | None:
         """Why this backend cannot serve a layer, or None. Called only if `unavailable()` is None."""
 
+    def speed(self, spec: MatmulSpec) -> float | None:
+        """How many times as fast as the float product it was measured for such a layer on such a device; None if it was not."""
+        return None
+
     @abstractmethod
     def prepare(self, weight: QuantizedWeight, spec: MatmulSpec) -> dict[str, Tensor]:
         """Return the buffers `matmul` needs, on spec.device."""
@@ -65,18 +71,52 @@ class Backend(ABC):
         """Return x @ W.T, [..., out_features], for x [..., in_features]; no bias."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a backend for a layer: why it cannot serve, or its measured speed, None where there is none."""
+
+    backend: Backend
+    reason: str | None
+    speed: float | None = None
+
+
+def judge(backends: Iterable[Backend], spec: MatmulSpec) -> list[Verdict]:
+    """Return a verdict on each backend, the one to take first, those that cannot serve last.
+
+    The highest rank leads. If its speed was measured, whatever was measured faster for this kind of layer goes before it.
+    """
+    verdicts = []
+    for backend in sorted(backends, key=lambda each: (-each.rank, each.name)):
+        reason = backend.unavailable() or backend.why_not(spec)
+        verdicts.append(Verdict(backend, reason, None if reason else backend.speed(spec)))
+    able, unable = ([each for each in verdicts if (each.reason is None) == fit] for fit in (True, False))
+    if able and able[0].speed is not None:
+        able.sort(key=lambda each: -(each.speed or 0.0))  # stable: equal speeds stay in the order of rank
+    return able + unable
+
+
 def choose(backends: Iterable[Backend], spec: MatmulSpec, wanted: str = "auto") -> Backend:
-    """Return the backend of the highest rank that can serve the layer, or the wanted one.
+    """Return the best backend that can serve the layer, or the wanted one.
 
     Raises BackendError with one reason per backend.
     """
-    reasons = []
-    for backend in sorted(backends, key=lambda each: (-each.rank, each.name)):
-        if wanted not in ("auto", backend.name):
-            continue
-        reason = backend.unavailable() or backend.why_not(spec)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
+    verdicts = judge([each for each in backends if wanted in ("auto", each.name)], spec)
+    if verdicts and verdicts[0].reason is None:
+        return verdicts[0].backend
+    reasons = [f"{each.backend.name}: {each.reason}" for each in verdicts]
     layer = f"{spec.in_features} -> {spec.out_features}, {spec.config}, {spec.dtype} on {spec.device}"
     raise BackendError(f"no backend can serve the layer {layer}:\n  " + "\n  ".join(reasons or ["none installed"]))
+
+
+def speed_at(measured: Mapping[int, float], tokens: int) -> float:
+    """Read a table of speeds by tokens: between two entries in proportion to the logarithm, beyond them the nearest.
+
+    >>> speed_at({1: 4.0, 16: 2.0}, 4), speed_at({1: 4.0, 16: 2.0}, 64)
+    (3.0, 2.0)
+    """
+    below = max((count for count in measured if count <= tokens), default=min(measured))
+    above = min((count for count in measured if count >= tokens), default=max(measured))
+    if below >= above:
+        return measured[above]
+    share = math.log(tokens / below) / math.log(above / below)
+    return measured[below] + share * (measured[above] - measured[below])

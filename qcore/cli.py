@@ -45,7 +45,7 @@ def main() -> NoReturn:
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--algo", default="gptq", show_default=True, help="Algorithm; see `qcore algorithms`.")
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--group-size", default=128, show_default=True, help="Columns that share a scale; -1 for a whole row.")
@@ -63,25 +63,46 @@ def main() -> NoReturn:
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
               help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Discard an unfinished run instead of resuming it.")
+@click.option("--deterministic", is_flag=True, help="Give the same bytes with any number of processes (torchrun).")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan instead: linears, bits, memory, disk, time; try one block."
+)
 @trust_option
 @json_option
-def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, as_json: bool, **settings: Any) -> None:
+def quantize(
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    options: tuple[str, ...],
+    format_: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Quantize MODEL (a folder, a hub name, a model file, or `demo`) into a folder.
 
-    An interrupted run resumes when the same command is given again.
+    An interrupted run resumes when the same command is given again. Several GPUs or machines share a run that is started by
+    `torchrun --nproc-per-node N -m qcore quantize …`.
     """
     from . import api
     from .plugins import installed
+    from .ranks import Ranks, connect
 
     clash = next((pair.split("=")[0] for pair in options if pair.split("=")[0] in settings), None)
     if clash:
         raise ConfigError(f"--set {clash}: this is an option of its own, --{clash.replace('_', '-')}.")
+    if dry_run:
+        _dry_run(model, output, as_json, format=format_, **settings, **parse_options(options))
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     progress = _progress(quiet=as_json)
     plugins = installed()
     plugins.manager.register(progress)
     try:
-        with progress:
+        with connect(settings["device"]), progress:
             api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
+            if Ranks().rank > 0:
+                return
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
@@ -97,6 +118,28 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     else:
         _show_layers(report["layers"])
         _show_summary(output, report, found)
+
+
+def _dry_run(model: str, output: Path | None, as_json: bool, **settings: Any) -> None:
+    from .tools.explain import explain
+
+    for unused in ("fresh", "deterministic", "calibration"):
+        settings.pop(unused)
+    plan = explain(model, output=output, probe=True, **settings)
+    if as_json:
+        click.echo(json.dumps(plan))
+        return
+    _show_plan(plan)
+    disk, parts = plan["disk"], plan["parts"]
+    about = "" if disk["exact"] else "about "
+    click.echo(f"disk: {about}{disk['output'] / 1e9:.3f} GB of weights, and {disk['journal'] / 1e9:.3f} GB of finished blocks until they are written")  # fmt: skip
+    if plan["gpu_memory"]:
+        click.echo(f"peak GPU memory: {plan['gpu_memory'] / 1e9:.2f} GB")
+    click.echo(f"peak host memory: {plan['host_memory'] / 1e9:.2f} GB, this program itself included")
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    click.echo(
+        f"time: {plan['seconds']:.1f} s ({spent}) from the moment the calibration is there, by one block tried here"
+    )
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -274,20 +317,125 @@ def _show_result(result: Mapping[str, float]) -> None:
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--fast", is_flag=True, help="A compiled step, captured on a GPU: for many tokens, as it starts slowly.")
 @device_option
 @trust_option
 @json_option
-def generate(model: str, prompt: str, max_new_tokens: int, device: str, trust_remote_code: bool, as_json: bool) -> None:
+def generate(model: str, prompt: str, max_new_tokens: int, fast: bool, device: str, trust_remote_code: bool,
+             as_json: bool) -> None:  # fmt: skip
     """Continue PROMPT with a quantized or float MODEL (greedy)."""
     from . import api
 
-    network, tokenizer = api.open_any(model, device, trust_remote_code)
+    network, tokenizer = api.open_any(model, device, trust_remote_code, fast=fast)
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so a prompt cannot be read.")
     inputs = tokenizer(prompt, return_tensors="pt").to(next(network.parameters()).device)
     output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     click.echo(json.dumps({"text": text}) if as_json else text)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure how fast models generate, and kernel backends multiply, on this machine."""
+
+
+@bench.command("generate")
+@click.argument("model")
+@click.option("--reference", metavar="fp16|bf16|fp32|MODEL", help="MODEL with float weights, or another float model.")
+@click.option("--new-tokens", default=512, show_default=True)
+@click.option("--prompt-tokens", default=128, show_default=True)
+@click.option("--num-beams", multiple=True, type=int, default=(1,), show_default=True, help="Repeatable.")
+@click.option("--repeat", default=1, show_default=True, help="Runs by the clock; the fastest counts.")
+@click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of activations.  [default: as stored]"
+)
+@click.option("--device-map", help="`auto` spreads over all GPUs.")
+@click.option("--fast/--no-fast", default=True, show_default=True, help="A compiled step, captured on a GPU.")
+@device_option
+@trust_option
+@json_option
+def bench_generate(model: str, reference: str | None, dtype: str | None, new_tokens: int, prompt_tokens: int,
+                   num_beams: tuple[int, ...], repeat: int, as_json: bool, **settings: Any) -> None:  # fmt: skip
+    """Generate with a quantized MODEL, beside a float reference, in one run: tokens per second, time to the first, memory."""
+    from dataclasses import asdict
+
+    import torch
+
+    from . import api
+    from .tools import bench
+
+    facts = bench.device_facts(api.pick_device(settings["device"]))
+    chosen = getattr(torch, dtype) if dtype else None
+    opened = bench.openers(model, reference, dtype=chosen, **settings)
+    found = bench.generation(
+        opened, new_tokens=new_tokens, prompt_tokens=prompt_tokens, num_beams=num_beams, repeat=repeat
+    )
+    if as_json:
+        click.echo(json.dumps({**facts, "prompt_tokens": prompt_tokens, "speeds": [asdict(each) for each in found]}))
+        return
+    title = f"{facts['device']}, torch {facts['torch']}: {new_tokens} tokens after {prompt_tokens}, batch 1"
+    _table(list(bench.SPEED_COLUMNS), [bench.speed_cells(each) for each in found], title)
+
+
+@bench.command("matmul")
+@click.option("--shapes", help="IN x OUT features, separated by commas.  [default: of 7B and 70B models]")
+@click.option("--tokens", help="Numbers of rows of x, separated by commas.")
+@click.option("--backend", "backends", multiple=True, help="Repeatable.  [default: all that can serve]")
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
+@click.option("--group-size", default=128, show_default=True)
+@click.option("--sym/--asym", default=True, show_default=True)
+@click.option("--act-order", is_flag=True)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
+              help="Of activations.  [default: float16 on a GPU, float32 on a CPU]")  # fmt: skip
+@device_option
+@json_option
+def bench_matmul(shapes: str | None, tokens: str | None, dtype: str | None, device: str, as_json: bool,
+                 **settings: Any) -> None:  # fmt: skip
+    """Time products of one linear: the float weight, torch's own int4 product (tinygemm), and each backend; microseconds."""
+    from dataclasses import asdict
+
+    from . import api
+    from .tools import bench
+
+    place = api.pick_device(device)
+    counts = bench.parse_tokens(tokens) if tokens else list(bench.TOKENS)
+    rows = bench.matmul_as_asked(shapes, counts, dtype, place, **settings)
+    facts = {**bench.device_facts(place), "copy_TB_per_s": bench.copy_bandwidth(place)}
+    if as_json:
+        click.echo(json.dumps({**facts, "tokens": counts, "rows": [asdict(row) for row in rows]}))
+        return
+    click.echo(
+        f"{facts['device']}, torch {facts['torch']}, copies at {facts['copy_TB_per_s']:.2f} TB/s; µs for so many tokens"
+    )
+    click.echo(f"{'in x out':>12} {'':16}" + "".join(f"{m:>9}" for m in counts))
+    for row in rows:
+        cells = "".join(f"{'-' if each is None else format(each, '.1f'):>9}" for each in row.microseconds)
+        click.echo(f"{row.in_features:>6}x{row.out_features:<6}{row.kind:16}{cells}  {row.why_not or ''}".rstrip())
+
+
+@bench.command("load")
+@click.argument("model")
+@click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
+@click.option("--fast/--no-fast", default=False, show_default=True, help="Linears of one input made one.")
+@device_option
+@trust_option
+@json_option
+def bench_load(model: str, as_json: bool, **settings: Any) -> None:
+    """Open a quantized MODEL and make a first token, beside reading its files: seconds."""
+    from dataclasses import asdict
+
+    from .tools import bench
+
+    found = bench.load_times(model, **settings)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    click.echo(
+        f"{found.model}: {found.bytes / 1e6:.1f} MB read in {found.read_seconds:.2f} s, loaded in {found.load_seconds:.2f} s, "
+        f"the first token {found.first_token_seconds:.2f} s after that"
+    )
 
 
 @cli.command()
@@ -319,13 +467,17 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
 @click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
+@click.option("--shard-gb", type=float, help="The most a weight file holds, in GB.  [default: 5]")
 @json_option
-def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
+def convert(
+    model: str, output: Path, format_: str, lossy: bool, manifest: bool, shard_gb: float | None, as_json: bool
+) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
     from . import api
     from .tools import conversion
 
-    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
+    shard_bytes = None if shard_gb is None else int(shard_gb * 1e9)
+    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest, shard_bytes=shard_bytes)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
     if as_json:
@@ -542,12 +694,15 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
     _table(["blocks", "input", "linear (of one input: the same number)", "shape", ""], rows, title)
     for note in plan["assumed"]:
         click.echo(f"generic adapter: {note}")
-    click.echo(f"quantized: {plan['quantized']:,} weights")
+    for kind in plan["grids"]:
+        click.echo(f"quantized: {kind['weights']:,} weights in {kind['linears']} linears to {kind['grid']}")
     for kept in plan["float"]:
         click.echo(
             f"in float: {kept['weights']:,} weights in {kept['tensors']} tensors, {kept['why']}; {kept['example']}"
         )
     click.echo(f"size: {plan['size'] / 1e6:.1f} MB now, about {plan['size_quantized'] / 1e6:.1f} MB then")
+    if "seconds" in plan:
+        return
     click.echo(
         f"a run into a folder: at least {plan['memory'] / 1e9:.2f} GB for the largest block and the hidden states, at least "
         f"{plan['seconds_forward']:.1f} s of forward passes here; what the algorithm needs comes on top"
@@ -565,6 +720,37 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
+@cli.command()
+@click.option("--model", metavar="MODEL", help="A quantized model: show which backend each kind of its linears takes.")
+@click.option("--backend", default="auto", show_default=True, help="Of a model: the backend wanted.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of a model: of activations.")
+@click.option(
+    "--tokens", default=1, show_default=True, type=click.IntRange(1), help="Of a model: rows of most products."
+)
+@device_option
+@json_option
+def backends(model: str | None, dtype: str | None, as_json: bool, **settings: Any) -> None:
+    """List the kernel backends and whether each can run here; with --model, which one each linear takes, and why."""
+    if model is None:
+        _listing("backend", as_json)
+        return
+    import torch
+
+    from .tools.choices import choices
+
+    rows = choices(model, dtype=getattr(torch, dtype) if dtype else None, **settings)
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        kind = f"{row['grid']}{', act-order' if row['act_order'] else ''}, {row['dtype']} on {row['device']}"
+        click.echo(f"{row['count']} x {', '.join(row['linears'])}: {shape}, {kind}, {row['tokens']} tokens")
+        click.echo(f"  {row['backend'] or 'none'}: {row['because']}")
+        for name, reason in row["others"].items():
+            click.echo(f"  not {name}: {reason}")
+
+
 def _listing_command(name: str, kind: str | None, text: str) -> None:
     @cli.command(name, help=text)
     @json_option
@@ -574,7 +760,6 @@ def _listing_command(name: str, kind: str | None, text: str) -> None:
 
 _listing_command("plugins", None, "List every plugin: what it offers, where it comes from, whether it works.")
 _listing_command("algorithms", "algorithm", "List the algorithms.")
-_listing_command("backends", "backend", "List the kernel backends and whether each can run here.")
 _listing_command("formats", "format", "List the formats.")
 _listing_command("targets", "target", "List the programs that `qcore check` knows the rules of.")
 _listing_command("datasets", "dataset", "List the calibration datasets.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype,
         weight_source: Callable[[], QuantizedWeight],
         wanted: str = "auto",
+        tokens: int = 1,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
@@ -35,7 +36,13 @@ class QuantLinear(nn.Module):
         self.weight_source = weight_source
         self.bias = None if weight.bias is None else nn.Parameter(weight.bias.to(device, dtype), requires_grad=False)
         self.spec = MatmulSpec(
-            weight.config, weight.in_features, weight.out_features, weight.act_order, dtype, torch.device(device)
+            weight.config,
+            weight.in_features,
+            weight.out_features,
+            weight.act_order,
+            dtype,
+            torch.device(device),
+            tokens,
         )
         self.backend = choose(backends, self.spec, wanted)
         buffers = self.backend.prepare(weight, self.spec)
@@ -50,6 +57,76 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.config}, backend={self.backend.name}"
+
+
+def quant_linears(
+    weights: Sequence[QuantizedWeight],
+    sources: Sequence[Callable[[], QuantizedWeight]],
+    backends: Iterable[Backend],
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: str = "auto",
+    tokens: int = 1,
+) -> list[QuantLinear]:
+    """Return a QuantLinear for each weight of linears that share their input; one product serves all whose grids allow it."""
+    whole = QuantizedWeight.stacked(weights) if len(weights) > 1 else None
+    if whole is None:
+        pairs = zip(weights, sources, strict=True)
+        return [QuantLinear(weight, backends, device, dtype, source, wanted, tokens) for weight, source in pairs]
+    spec = MatmulSpec(whole.config, whole.in_features, whole.out_features, whole.act_order, dtype, device, tokens)
+    backend = choose(backends, spec, wanted)
+    product = _SharedProduct(backend, spec, [weight.out_features for weight in weights])
+    buffers = backend.prepare(whole, spec)
+    return [
+        QuantLinear(weight, [_Part(product, index, buffers)], device, dtype, source)
+        for index, (weight, source) in enumerate(zip(weights, sources, strict=True))
+    ]
+
+
+class _SharedProduct:
+    """The product of several linears of one input: the first that is called computes it, the others take their part.
+
+    The input is known by identity; one that was changed in place, or needs a gradient now, is another. Whatever the order of
+    calls, every result is that of a product of its own.
+    """
+
+    def __init__(self, backend: Backend, spec: MatmulSpec, sizes: list[int]) -> None:
+        self.backend, self.spec, self.sizes = backend, spec, sizes
+        self.x: Tensor | None = None
+        self.state: tuple[int, bool] = (0, False)
+        self.parts: list[Tensor | None] = []
+
+    def part(self, index: int, x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        untracked = torch.compiler.is_compiling() or x.is_inference()
+        state = (0 if untracked else x._version, x.requires_grad and torch.is_grad_enabled())
+        if x is not self.x or state != self.state or self.parts[index] is None:
+            self.x, self.state = x, state
+            self.parts = list(torch.split(self.backend.matmul(x, buffers, self.spec), self.sizes, -1))
+        y = self.parts[index]
+        assert y is not None
+        self.parts[index] = None
+        if all(part is None for part in self.parts):
+            self.x = None
+        return y
+
+
+class _Part(Backend):
+    """The backend of one of several linears that are multiplied as one; all of them hold the same buffers."""
+
+    rank = 0
+
+    def __init__(self, product: _SharedProduct, index: int, buffers: dict[str, Tensor]) -> None:
+        self.name = product.backend.name  # type: ignore[misc]
+        self.product, self.index, self.buffers = product, index, buffers
+
+    def why_not(self, spec: MatmulSpec) -> str | None:
+        return None
+
+    def prepare(self, weight: QuantizedWeight, spec: MatmulSpec) -> dict[str, Tensor]:
+        return self.buffers
+
+    def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
+        return self.product.part(self.index, x, buffers)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from .checkpoint import ModelFolder
 from .errors import CheckpointError, ModelError, name_list
 from .experts import Piece, conversions, pieces_of, unfuse
 from .exporter import Content
-from .linear import QuantLinear, replace_module, weight_of
+from .linear import quant_linears, replace_module, weight_of
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -446,11 +446,14 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
+    together: Callable[[nn.Module], Iterable[Sequence[str]]] = lambda model: (),
+    tokens: int = 1,
 ) -> nn.Module:
     """Build an ordinary transformers model from a quantized folder, layer by layer.
 
     dtype: of everything that is not quantized; None keeps what is stored, float32 in place of half on a CPU.
-    device_map: as in accelerate ("auto" or a mapping); it overrides `device`.
+    device_map: as in accelerate ("auto" or a mapping); it overrides `device`. together: names the linears of the model that share
+    an input, group by group; those of a group are multiplied as one where their grids allow it. tokens: see MatmulSpec.
     """
     files = content.source or ModelFolder(folder)
     floats = {name: files.tensors[name] for name in content.tensors}
@@ -460,6 +463,7 @@ def load_quantized(
     places = Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
     names = Names(model)
     layers = {names.layer_in_model(key): key for key in content.layers}
+    groups = _grouped(layers, together(model), places)
     for name, key in layers.items():
         layer = content.layers[key]
         try:
@@ -483,11 +487,13 @@ def load_quantized(
             )
         _set(model, name, tensor.to(places(name), target if tensor.is_floating_point() else tensor.dtype))
     model.tie_weights()  # type: ignore[operator]
-    for name, key in layers.items():
-        place = places(name)
-        weight = content.weight(key).to(place)
-        source = WeightSource(content, key)
-        replace_module(model, name, QuantLinear(weight, backends.values(), place, target, source, backend))
+    for group in groups:
+        place = places(group[0])
+        weights = [content.weight(layers[name]).to(place) for name in group]
+        sources = [WeightSource(content, layers[name]) for name in group]
+        linears = quant_linears(weights, sources, backends.values(), place, target, backend, tokens)
+        for name, linear in zip(group, linears, strict=True):
+            replace_module(model, name, linear)
     for module_name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(places(f"{module_name}.{key}"))
@@ -497,6 +503,21 @@ def load_quantized(
 
         model = dispatch_model(model, dict(places.device_map))
     return model.eval().requires_grad_(False)
+
+
+def _grouped(
+    layers: Iterable[str], together: Iterable[Sequence[str]], places: Callable[[str], torch.device]
+) -> list[list[str]]:
+    """Put every layer in one group: those of `together` that are layers and on one device, the others alone."""
+    single = dict.fromkeys(layers)
+    groups = []
+    for names in together:
+        group = [name for name in names if name in single]
+        if len(group) > 1 and len({places(name) for name in group}) == 1:
+            groups.append(group)
+            for name in group:
+                del single[name]
+    return groups + [[name] for name in single]
 
 
 class WeightSource:

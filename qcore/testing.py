@@ -266,8 +266,9 @@ def _named(model: nn.Module, name: str) -> bool:
 
 
 def check_backend(
-    backend: Backend, device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), tolerance: float = 1e-5
-) -> int:
+    backend: Backend, device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), tolerance: float = 1e-5,
+    widths: Sequence[int] = (2, 3, 4, 8),
+) -> int:  # fmt: skip
     """Check a backend's products and gradients against float64 on every layer it says it serves; return how many.
 
     Odd shapes, all widths, act-order, asymmetric grids, group sizes with a shorter last group, no tokens, strided
@@ -277,7 +278,7 @@ def check_backend(
     reason = backend.unavailable()
     assert reason is None, f"{backend.name} cannot run here: {reason}"
     served, compiled = 0, set()
-    for bits in (2, 3, 4, 8):
+    for bits in widths:
         for group_size, sym, act_order in ((32, True, False), (32, False, True), (-1, False, False), (48, True, False)):
             for dtype in dtypes:
                 config = QuantConfig(bits=bits, group_size=group_size, sym=sym)

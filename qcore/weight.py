@@ -6,6 +6,7 @@ and interleavings are nobody's business but the format's or the backend's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,6 +114,21 @@ class QuantizedWeight:
         """Return the same weight with its tensors on `device`."""
         moved = {name: value.to(device) for name in _TENSORS if (value := getattr(self, name)) is not None}
         return replace(self, codes=self.codes.to(device), **moved)
+
+    @classmethod
+    def stacked(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """Return one weight with the outputs of several linears of one input in turn, without bias; None where grids differ."""
+        first = weights[0]
+        for other in weights[1:]:
+            same_kinds = (other.config, other.scales.dtype, other.zeros.dtype, other.in_features) == (
+                first.config, first.scales.dtype, first.zeros.dtype, first.in_features,
+            )  # fmt: skip
+            if not same_kinds or not torch.equal(other.g_idx, first.g_idx):
+                return None
+        codes, scales, zeros = (
+            torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scales", "zeros")
+        )
+        return replace(first, codes=codes, scales=scales, zeros=zeros, bias=None)
 
     def equal(self, other: QuantizedWeight) -> bool:
         """Whether both are the same bit for bit, dtypes included."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qcore
+from qcore.plugins import installed
 from qcore.testing import tiny_language_model, tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -73,12 +74,35 @@ def test_the_scripts_run(llama_folder, tmp_path, monkeypatch, capsys):
     script("perplexity").main()
     assert "PPL = " in capsys.readouterr().out
     assert [len(chunk) for chunk in json.loads((tmp_path / "tokens.json").read_text())] == [32, 32]
-    arguments = ["generation_speed.py", out, "--float", llama_folder, "--new-tokens", 3, "--num-beams", 1, 2]
+    arguments = ["generation_speed.py", out, "--reference", llama_folder, "--new-tokens", 3, "--prompt-tokens", 5,
+                 "--num-beams", 1, 2, "--no-fast"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     script("generation_speed").main()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 2
-    assert all(float(cell) > 0 for row in rows for cell in row.split()[-2:])
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        (str(model), beams) for model in (llama_folder, out) for beams in "12"
+    ]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
+
+
+def test_a_shape_alone_is_measured_with_random_weights(monkeypatch, tmp_path, capsys):
+    module = script("generation_speed")
+    tiny = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    monkeypatch.setitem(module.MODEL_SHAPES, "llama-2-7b", {**module.MODEL_SHAPES["llama-2-7b"], **tiny})
+    arguments = ["generation_speed.py", "--shape", "llama-2-7b", "--layers", 2, "--group-size", 32, "--reference", "fp32",
+                 "--dtype", "float32", "--new-tokens", 3, "--prompt-tokens", 5, "--num-beams", 1, "--no-fast", "--device", "cpu",
+                 "--json", tmp_path / "found.json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    module.main()
+    found = json.loads((tmp_path / "found.json").read_text())["speeds"]
+    assert [each["model"] for each in found] == ["llama-2-7b, fp32", "llama-2-7b, 4 bits, group 32, sym"]
+    assert found[0]["memory"] > 2 * found[1]["memory"]
 
 
 def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch, capsys):
@@ -104,3 +128,19 @@ def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch
     assert curve[-1][0] < curve[0][0]
     assert curve[-1][1] < curve[0][1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_matmul_cpu_times_every_column_beside_the_others(monkeypatch, capsys, tmp_path):
+    if installed().get("backend", "cpu").unavailable():
+        pytest.skip("the CPU kernels are not built")
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(
+        sys, "argv", f"matmul_cpu --shape 256x64 --tokens 1,3 --copies 2 --seconds 0.01 --json {out}".split()
+    )
+    script("matmul_cpu").main()
+    found = json.loads(out.read_text())["milliseconds"]
+    assert set(found) == {
+        "torch float32", "torch bfloat16", "torch int4pack, bfloat16", "cpu 4 bits, float32", "cpu 4 bits, bfloat16"
+    }  # fmt: skip
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(found)

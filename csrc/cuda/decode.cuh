@@ -256,8 +256,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
       fetch_weights(fetch_slot * plan.stage_bytes);
       fetch_advance();
     }
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start(); // not before: what starts now may count on all but this kernel having ended
     int chunk = chunk_begin;
     for (int s = 0; s < plan.stages - 1; s++) {
       if (s < first) fetch_x(s * plan.stage_bytes, chunk);

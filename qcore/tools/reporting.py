@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import api
 from ..errors import ConfigError
 from ..exporter import Content
 from ..plugins import Plugins, installed
+from .bench import tokens_per_second
 
 
 def gather(
@@ -135,29 +134,6 @@ def compare(
         rows.append(row)
     key = next((name for name in ("kl", "perplexity") if name in rows[0]), "size") if rows else ""
     return sorted(rows, key=lambda row: float(row[key]))
-
-
-@torch.no_grad()
-def tokens_per_second(model: nn.Module, new_tokens: int, prompt_tokens: int = 16, num_beams: int = 1) -> float:
-    """Generate greedily from a prompt of arbitrary tokens, once to warm up and once by the clock."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = embeddings.weight.device
-    ids = torch.arange(1, prompt_tokens + 1, device=device)[None] % embeddings.num_embeddings
-    settings: dict[str, Any] = {
-        "attention_mask": torch.ones_like(ids), "do_sample": False, "num_beams": num_beams, "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens, "pad_token_id": 0,
-    }  # fmt: skip
-    model.generate(ids, **{**settings, "max_new_tokens": 2, "min_new_tokens": 2})  # type: ignore[operator]
-    _wait(device)
-    started = time.perf_counter()
-    model.generate(ids, **settings)  # type: ignore[operator]
-    _wait(device)
-    return new_tokens / (time.perf_counter() - started)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def grid_of(layers: Sequence[Mapping[str, Any]], key: str) -> tuple[list[str], list[int], list[list[float | None]]]:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qcore import Backend, BackendError, MatmulSpec, QuantConfig
-from qcore.backend import choose
+from qcore import Backend, BackendError, MatmulSpec, QuantConfig, speed_at
+from qcore.backend import choose, judge
 
 SPEC = MatmulSpec(QuantConfig(bits=4, group_size=32), 64, 128, False, torch.float16, torch.device("cpu"))
 
@@ -59,3 +59,21 @@ def test_every_reason_is_given_when_none_can_serve():
 def test_no_backend_at_all_reads_so():
     with pytest.raises(BackendError, match="none installed"):
         choose([], SPEC)
+
+
+def test_measured_speeds_go_before_ranks_where_the_leader_has_one():
+    def measured(name, rank, speed):
+        found = backend(name, rank)
+        found.speed = lambda spec: speed
+        return found
+
+    fast, leader, unknown = measured("fast", 1, 2.0), measured("leader", 9, 1.5), backend("unknown", 5)
+    assert choose([leader, unknown, fast], SPEC).name == "fast"
+    assert choose([leader, unknown], SPEC).name == "leader"
+    assert choose([unknown, fast], SPEC).name == "unknown"  # nobody measured the leader
+    assert [verdict.backend.name for verdict in judge([unknown, leader, fast], SPEC)] == ["fast", "leader", "unknown"]
+
+
+@pytest.mark.parametrize(("tokens", "speed"), [(1, 4.0), (4, 3.0), (16, 2.0), (64, 2.0)])
+def test_a_table_of_speeds_is_read_between_its_entries(tokens, speed):
+    assert speed_at({1: 4.0, 16: 2.0}, tokens) == pytest.approx(speed)

@@ -160,8 +160,12 @@ def test_tensors_that_do_not_fit_are_refused_before_a_launch() -> None:
 
 
 @pytest.mark.gpu
-def test_it_is_right_on_a_gpu() -> None:
-    assert check_backend(BACKEND, "cuda", (torch.float16, torch.bfloat16)) == 64
+@pytest.mark.parametrize(
+    "bits", [2, 3, 4, 8]
+)  # each compiles some dozen kernels: minutes where Triton's cache is empty
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_is_right_on_a_gpu(bits: int, dtype: torch.dtype) -> None:
+    assert check_backend(BACKEND, "cuda", (dtype,), widths=(bits,)) == 8
 
 
 @pytest.mark.gpu
@@ -177,3 +181,27 @@ def test_a_graph_repeats_the_same_bits() -> None:
     for _ in range(20):
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_number_of_tokens_is_right_on_a_gpu(bits: int) -> None:
+    weight = random_weight(512, 1024, QuantConfig(bits=bits, group_size=128, sym=True))
+    layer = MatmulSpec(weight.config, 1024, 512, False, torch.float16, torch.device("cuda"))
+    buffers, W = BACKEND.prepare(weight, layer), weight.to("cuda").dequantize(torch.float64)
+    for m in (1, 16, 17, 32, 33, 64, 65, 300):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.float16)
+        y, expected = BACKEND.matmul(x, buffers, layer), x.double() @ W.t()
+        assert (y.double() - expected).norm() <= 2e-3 * expected.norm(), m
+        assert torch.equal(BACKEND.matmul(x, buffers, layer), y), m
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("limit", [227, 163, 99, 64])  # KiB: sm_90, sm_80, sm_89, gfx942
+def test_configurations_are_made_to_fit_the_shared_memory_there_is(bits: int, limit: int) -> None:
+    for m in (1, 17, 64):
+        found = backend_module.fitting(backend_module.config_for(m, 1 << 24), bits, 32, limit * 1024)
+        words, codes = backend_module._shape(bits)
+        held = found.stages * 32 * (2 * codes * found.block_m + 4 * words * found.block_n)
+        assert held <= limit * 1024 or (found.stages, found.block_m) == (1, 16)
+        assert found.block_m >= 16
