@@ -467,7 +467,9 @@ def checksum(weight: QuantizedWeight) -> Checksum:
     parts: list[Any] = [weight.config]
     for name in ("codes", "scales", "zeros", "g_idx", "bias"):
         value = getattr(weight, name)
-        parts.append(None if value is None else (value.dtype, tuple(value.shape), hashlib.sha256(_bytes_of(value)).digest()))
+        parts.append(
+            None if value is None else (value.dtype, tuple(value.shape), hashlib.sha256(_bytes_of(value)).digest())
+        )
     return tuple(parts)
 
 
