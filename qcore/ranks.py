@@ -241,7 +241,6 @@ def connect(device: str) -> Iterator[None]:
         )
     from torch.distributed.rendezvous import rendezvous  # a torch without torch.distributed has it not
 
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a lost process is an error here, not an abort
     timeout = timedelta(seconds=_timeout())
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
