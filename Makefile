@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not gpu and not interop" -n 2 --dist loadfile --durations 10
 
 test-interop: install
-	$(BIN)/python -m pytest -m interop tests/interop
+	$(BIN)/python -m pytest -m interop tests/interop; status=$$?; $(BIN)/python tests/interop/matrix.py; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,10 @@ from mkdocs.structure.files import File, Files
 import qcore
 from qcore.cli import cli
 
+#: what is public beside the names that `import qcore` gives
+MODULES_BESIDE = ("tools.reporting", "tools.page", "compat.auto_gptq.modeling", "compat.auto_gptq.eval_tasks",
+                  "compat.auto_gptq.peft_utils", "compat.auto_round", "compat.peft")  # fmt: skip
+
 
 def commands() -> str:
     """Every command with its arguments and options."""
@@ -21,11 +25,13 @@ def commands() -> str:
         usage = " ".join(["qcore", name, *(p.make_metavar(click.Context(command)) for p in arguments)])
         lines += [f"## qcore {name}", "", (command.help or "").replace("\n\n", "\n").strip(), "", f"    {usage}", ""]
         options = [p for p in command.params if isinstance(p, click.Option)]
-        lines += ["| option | default | |", "|---|---|---|"] if options else []
+        lines += ["| option | default | meaning |", "|---|---|---|"] if options else []
         for option in options:
             names = ", ".join([*option.opts, *option.secondary_opts])
             value = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
             shown = option.default if option.show_default and not callable(option.default) else ""
+            if option.secondary_opts:  # a pair of flags
+                shown = (option.opts if option.default else option.secondary_opts)[0]
             text = (option.help or "").replace("|", "\\|")
             lines.append(
                 f"| `{names}{value.replace('|', chr(92) + '|')}` | {'' if shown in ('', None) else f'`{shown}`'} | {text} |"
@@ -49,7 +55,7 @@ def api() -> str:
         lines += [f"## qcore.{home}", ""]
         for name in names:
             lines += [f"::: qcore.{home}.{name}", ""]
-    for module in qcore._MODULES:
+    for module in (*qcore._MODULES, *MODULES_BESIDE):
         lines += [f"## qcore.{module}", "", f"::: qcore.{module}", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,6 +21,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import qcore
 import qcore.compat.peft
 from qcore.api import open_any
+
+
+def open_float(options: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """The float model in the wanted dtype, and its tokenizer."""
+    model, tokenizer = open_any(options.model)
+    return (model.to(getattr(torch, options.dtype)) if options.dtype else model), tokenizer
 
 
 def batches(ids: torch.Tensor, seqlen: int, steps: int, batch_size: int) -> list[torch.Tensor]:
@@ -74,7 +81,7 @@ def show(curves: dict[str, list[float]]) -> None:
 
 def merge(adapter: Path, text: torch.Tensor, tokenizer, options: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
     """Merge the adapter into the float weights, quantize those again and save them."""
-    float_model, _ = open_any(options.model)
+    float_model, _ = open_float(options)
     merged = PeftModel.from_pretrained(float_model, adapter).merge_and_unload()
     again = qcore.quantize(merged, options.algo, bits=options.bits, group_size=options.group_size, tokenizer=tokenizer)
     print(f"merged into the float weights and quantized again: perplexity {measure(again, text, options):.2f}")
@@ -92,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--dtype", help="of activations: bfloat16, float32, …; by default the model's own")
     parser.add_argument("--no-float", action="store_true", help="leave out the float model")
     parser.add_argument("--output", type=Path, help="folder for the adapter of the quantized model")
     parser.add_argument(
@@ -103,12 +111,12 @@ def main() -> None:
         parser.error("--merged needs --output, where the adapter is saved first")
 
     content = options.text.read_text(encoding="utf-8") if options.text else pydoc_data.topics.topics["formatstrings"]
-    float_model, tokenizer = open_any(options.model)
+    float_model, tokenizer = open_float(options)
     text = torch.tensor(tokenizer(content, verbose=False)["input_ids"])
     curves = {}
     if not options.no_float:
         _, curves["float"] = run("float", float_model, get_peft_model, text, options)
-        float_model, _ = open_any(options.model)  # the adapter changed it
+        float_model, _ = open_float(options)  # the adapter changed it
     model = qcore.quantize(
         float_model, options.algo, bits=options.bits, group_size=options.group_size, tokenizer=tokenizer
     )

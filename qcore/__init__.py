@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": ("ModelAdapter",),
-    "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams"),
+    "algorithm": ("Algorithm", "BlockContext", "Linear", "NoParams", "Task", "Total"),
     "api": ("evaluate", "inspect", "load", "quantize", "report", "save"),
     "backend": ("Backend", "MatmulSpec", "speed_at"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from .algorithm import BlockContext as BlockContext
     from .algorithm import Linear as Linear
     from .algorithm import NoParams as NoParams
+    from .algorithm import Task as Task
+    from .algorithm import Total as Total
     from .api import evaluate as evaluate
     from .api import inspect as inspect
     from .api import load as load

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from .config import Options, QuantConfig
 from .errors import BackendError
@@ -39,6 +39,19 @@ class Linear:
     config: QuantConfig
 
 
+class Total(Protocol):
+    """What `BlockContext.accumulate` adds up over calibration tokens: a Hessian, a mean, a count."""
+
+    def add(self, *x: Tensor) -> None:
+        """Add the tokens of x [tokens, in_features]; with `paired` x, and the same tokens in the float model."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Return the sums themselves: two totals are added up by adding these in place."""
+
+
+TotalT = TypeVar("TotalT", bound=Total)
+
+
 class BlockContext(Protocol):
     """What the core offers while one block is quantized.
 
@@ -56,6 +69,10 @@ class BlockContext(Protocol):
     groups: Sequence[tuple[str, ...]]  # linears that share an input, in the order they run
     stages: Sequence[Sequence[tuple[str, ...]]]  # the same, those that run side by side (experts) in one
 
+    @property
+    def workers(self) -> int:
+        """How many tasks `spread` should get, if the work can be cut so: 1 for a run of one process."""
+
     def observe(self, names: Sequence[str], visit: Callable[..., None], *, paired: bool = False) -> None:
         """Replay the calibration through the block and call `visit(name, x)` with the inputs of the named linears.
 
@@ -63,6 +80,20 @@ class BlockContext(Protocol):
         what is to be kept. Linears given by `replace` act with their quantized weight. With `paired`,
         `visit(name, x, x_float)` also gets the same tokens' inputs in the float model (needs `float_stream`). A batch
         stops as soon as every named linear has been seen.
+        """
+
+    def accumulate(
+        self, names: Sequence[str], make: Callable[[str], TotalT], *, paired: bool = False
+    ) -> dict[str, TotalT]:
+        """Return for each named linear the total over the calibration: of what `observe` would show, given to `make(name).add`.
+
+        In a run of several processes it is the total over all of them. It is an empty one for a linear that no token reached.
+        """
+
+    def spread(self, tasks: list[Task]) -> dict[str, QuantizedWeight]:
+        """Do pieces of work that do not depend on each other, each on one of the run's processes; return the weights of all.
+
+        The list is emptied on the way, so that what a task holds goes when it is done.
         """
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
@@ -105,6 +136,18 @@ class BlockContext(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Task:
+    """A piece of work for `BlockContext.spread`. names: the linears whose weights `work` returns and whose facts it may record.
+
+    cost: how much work it is beside others; any unit.
+    """
+
+    names: Sequence[str]
+    cost: float
+    work: Callable[[], Mapping[str, QuantizedWeight]]
+
+
 class Algorithm(ABC):
     """Base of every algorithm plugin. Subclass, set the class attributes, implement `quantize_block`.
 
@@ -115,6 +158,9 @@ class Algorithm(ABC):
     description: ClassVar[str] = ""
     Params: ClassVar[type[Options]] = NoParams
     needs_calibration: ClassVar[bool] = True
+    #: whether all it makes of the calibration comes through `BlockContext.accumulate`. Then each process of a run of several sees
+    #: its share of the batches; else each sees them all and does the same, and the first one's results count
+    shares_calibration: ClassVar[bool] = False
 
     def __init__(self, **params: Any) -> None:
         self.params = self.Params.parse(params, f"algorithm {self.name!r}")

@@ -30,6 +30,7 @@ from .checkpoint import (
     complete_folder,
     disk_errors,
     folder_config,
+    in_shards,
     read_json,
     resolve_model,
     write_manifest,
@@ -46,6 +47,7 @@ from .model import (
     FolderWeights,
     ModuleWeights,
     Names,
+    Weights,
     compute_dtype,
     load_float,
     load_quantized,
@@ -56,21 +58,26 @@ from .model import (
     stored_dtype,
 )
 from .plugins import Plugins, installed
+from .ranks import Ranks
 from .run import (
     Job,
     Journal,
     _announce,
+    _calibration_facts,
     _model_dtype,
+    _nobody,
     _vocabulary,
     check_format,
     check_model,
     find_adapter,
+    fingerprint,
     model_digest,
     plan_linears,
     provenance,
     quantize_blocks,
     quantize_to_folder,
     renamed,
+    same_everywhere,
     shape_of,
 )
 from .weight import QuantizedWeight
@@ -115,6 +122,7 @@ def quantize(
     output: str | Path | None = None,
     format: str = DEFAULT_FORMAT,
     fresh: bool = False,
+    deterministic: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     plugins: Plugins | None = None,
@@ -131,6 +139,9 @@ def quantize(
         host or the disk. When memory runs out all the same, batches are halved. seed: for everything random.
     device: "auto" takes a GPU when there is one. adapter: an adapter's name, or a ModelAdapter; None goes by the model's type.
     output: write a folder in `format` instead, streaming block by block, resuming an interrupted run unless `fresh`.
+    deterministic: give the same bytes whatever the number of processes (docs/scaling.md).
+
+    Where torch.distributed has a process group, its processes share the run; each must make this call. The first one writes.
 
     Returns the model with QuantLinears in place, an ordinary transformers model; with `output`, its Path.
     Raises a QcoreError child for everything the caller can cause.
@@ -163,32 +174,11 @@ def quantize(
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
-    chosen = find_adapter(network, weights, plugins, place, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
-    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), place)
-    room = plan_room(
-        place,
-        limit,
-        samples * seqlen * (1 + algorithm.float_stream),
-        seqlen,
-        *_widths(network, linears),
-        dtype.itemsize,
-    )
-    job = Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=linears,
-        device=place,
-        dtype=dtype,
-        seed=seed,
-        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-    )
+    job = make_job(
+        network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
+        batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
+        ranks=Ranks(deterministic),
+    )  # fmt: skip
 
     def float_model() -> nn.Module:
         if folder is None or (target is None and place.type == "cpu"):
@@ -199,28 +189,83 @@ def quantize(
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
         return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
 
+    calibrates, source = algorithm.uses_calibration, identify(calibration)
+    given = make_calibration() if calibrates and source is None else None  # in memory: every process has its own copy
+    used = {"calibration": _calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
+    if job.ranks.size > 1:
+        same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
+
+    def calibrate() -> Calibration:
+        return given or make_calibration()
+
     if target is None:
-        if algorithm.uses_calibration:
-            job.calibration = make_calibration()
+        if calibrates:
+            job.calibration = job.ranks.first(calibrate)
         return _quantize_in_place(job, plugins, tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
-    journal = Journal(target, fresh)
+    journal = Journal(target, fresh, job.ranks)
     try:
-        if algorithm.uses_calibration:
+        if calibrates:
             asked = {
-                "source": identify(calibration),
+                "source": source,
                 "samples": samples,
                 "seqlen": seqlen,
                 "seed": seed,
                 "model": model_digest(folder),
             }
-            job.calibration = journal.calibration(make_calibration, asked)
+            job.calibration = journal.calibration(calibrate, asked)
         report = quantize_to_folder(job, folder, journal, exporter, plugins)
     finally:
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
     return target
+
+
+def make_job(
+    network: nn.Module,
+    weights: Weights,
+    folder: ModelFolder | None,
+    label: str,
+    algorithm: Algorithm,
+    config: QuantConfig,
+    plugins: Plugins,
+    *,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
+    tokens: int,
+    seqlen: int,
+    batch_size: int | None,
+    limit: int | None,
+    seed: int,
+    device: torch.device,
+    adapter: str | ModelAdapter | None,
+    ranks: Ranks,
+) -> Job:
+    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
+
+    limit: bytes of the device's memory to use, or None.
+    """
+    chosen = find_adapter(network, weights, plugins, device, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device)
+    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
+    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
+    return Job(
+        model=network,
+        weights=weights,
+        adapter=chosen,
+        algorithm=algorithm,
+        config=config,
+        linears=linears,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
+        calibration=None,
+        label=label,
+        blocks=chosen.find_blocks(network),
+        ranks=ranks,
+    )
 
 
 #: reports of runs of this process, which know the times that folders do not hold
@@ -243,17 +288,20 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device meant; "auto" is the first GPU, or the CPU.
+    """Return the device meant; "auto" is the current GPU, the first one unless a run of several processes gave out others, or
+    the CPU.
 
     Raises ConfigError for a device this machine has not.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
@@ -284,14 +332,15 @@ def _longest(model: nn.Module) -> int | None:
 
 def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    plugins.call(
+    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell(
         "qcore_run_started",
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
     unknown = _unknown(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, _announce(plugins)):
+    for _, results, found in quantize_blocks(job, None, _announce(tell)):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
@@ -301,7 +350,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
-    plugins.call("qcore_run_finished", report=report)
+    tell("qcore_run_finished", report=report)
     return job.model
 
 
@@ -344,17 +393,19 @@ def save(
     *,
     tokenizer: Any = None,
     manifest: bool = False,
+    shard_bytes: int | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
 
-    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check.
+    manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check. shard_bytes: the most a weight file
+    holds (None: 5 GB).
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.
     """
     plugins = plugins or installed()
-    exporter: Exporter = plugins.get("format", format)
+    exporter = in_shards(plugins.get("format", format), shard_bytes)
     target = Path(folder)
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)

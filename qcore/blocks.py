@@ -11,23 +11,27 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import is_linear, linears_in
-from .algorithm import Linear
+from .algorithm import Linear, Task, TotalT
 from .config import QuantConfig
 from .errors import ModelError, RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
 from .memory import MEMO_BYTES, Ferry, is_out_of_memory
+from .packing import pack
+from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
 
 #: an expert that gets fewer tokens than this share of its columns is calibrated on all tokens
 FEW_TOKENS = 0.25
+#: tasks a deterministic run asks for: more than a block has, so that how it is cut does not depend on the processes
+MANY = 2**20
 
 
 @dataclass
@@ -214,11 +218,20 @@ class Block:
     kwargs: list[dict[str, Any]]
     masks: list[Tensor | None]
     records: dict[str, dict[str, Any]]
+    ranks: Ranks
+    share: range  # which of all calibration batches these are, and how many there are in all
+    batches_in_all: int
     ferry: Ferry
     memo_bytes: int = MEMO_BYTES
     _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
     _tails: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # child -> batch -> input of its closing linear
     _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
+    _observing: int = 0  # the batch that `observe` shows, numbered among all
+    _agreed: set[str] = field(default_factory=set)  # linears whose weight all processes have from `spread`
+
+    @property
+    def workers(self) -> int:
+        return MANY if self.ranks.deterministic else self.ranks.size
 
     @torch.no_grad()
     def widen_starved(self) -> None:
@@ -260,6 +273,10 @@ class Block:
                 pass
             finally:
                 hook.remove()
+        if len(self.share) < self.batches_in_all:
+            everywhere = torch.tensor([*counts, total], device=self.device)
+            self.ranks.sum([everywhere])
+            *counts, total = everywhere.tolist()
         return counts, total
 
     def narrow(self) -> None:
@@ -275,6 +292,7 @@ class Block:
         if paired:
             self._source(float_stream=True)
         for number, (hidden, kwargs, mask) in enumerate(self.batches()):
+            self._observing = self.share[number]
             seen = self._inputs(names, hidden, kwargs, mask, number)
             if not paired:
                 for name, x in seen.items():
@@ -290,6 +308,64 @@ class Block:
                         f"{name}: quantized and float inputs differ in shape; routing differs between streams."
                     )
                 visit(name, x, original[name])
+
+    def accumulate(
+        self, names: Sequence[str], make: Callable[[str], TotalT], *, paired: bool = False
+    ) -> dict[str, TotalT]:
+        ranks = self.ranks if len(self.share) < self.batches_in_all else Ranks.alone(self.ranks.deterministic)
+        sums = {name: Sums(ranks, self.batches_in_all, partial(make, name)) for name in names}
+
+        def visit(name: str, *inputs: Tensor) -> None:
+            sums[name].of(self._observing).add(*inputs)
+
+        self.observe(names, visit, paired=paired)
+        return {name: sums.pop(name).finish() for name in names}
+
+    def spread(self, tasks: list[Task]) -> dict[str, QuantizedWeight]:
+        owners = assign([task.cost for task in tasks], self.ranks.size)
+        owner_of = {name: owner for task, owner in zip(tasks, owners, strict=True) for name in task.names}
+        self._agreed |= owner_of.keys()
+        found: dict[str, QuantizedWeight] = {}
+        for owner in owners:
+            task = tasks.pop(0)
+            if owner == self.ranks.rank:
+                found |= task.work()
+            del task
+        return self._exchange(owner_of, found)
+
+    def agree(self, results: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+        """Return results that are the same on every process: what did not come from `spread` is taken from the first."""
+        rest = {name: 0 for name in results if name not in self._agreed}
+        return {**results, **self._exchange(rest, results)}
+
+    def _exchange(
+        self, owner_of: Mapping[str, int], found: Mapping[str, QuantizedWeight]
+    ) -> dict[str, QuantizedWeight]:
+        """Return the named weights, each from the process that owns it; their records come along."""
+        if self.ranks.size == 1 or not owner_of:
+            return {name: found[name] for name in owner_of}
+        mine = {name: _parts(found[name], self.device) for name, owner in owner_of.items() if owner == self.ranks.rank}
+        told = self.ranks.gather(
+            {
+                name: (
+                    {part: (t.shape, t.dtype) for part, t in parts.items()},
+                    found[name].config,
+                    {key: v.item() if isinstance(v, Tensor) else v for key, v in self.records[name].items()},
+                )
+                for name, parts in mine.items()
+            }
+        )
+        results = {}
+        for name, owner in owner_of.items():
+            layout, config, self.records[name] = told[owner][name]
+            parts = mine.get(name) or {
+                part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()
+            }
+            self.ranks.send(list(parts.values()), owner)
+            if "bias" in parts:
+                parts["bias"] = parts["bias"].cpu()
+            results[name] = found[name] if name in mine else QuantizedWeight.from_tensors(parts, config)
+        return results
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
@@ -514,6 +590,19 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
+    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`."""
+    parts = {
+        "codes": pack(weight.codes, weight.bits),
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "g_idx": weight.g_idx,
+    }
+    if weight.bias is not None:
+        parts["bias"] = weight.bias
+    return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
+
+
 class _OriginalWeights:
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -646,6 +735,8 @@ def make_block(
     device: torch.device,
     seed: int,
     memo_bytes: int = MEMO_BYTES,
+    ranks: Ranks | None = None,
+    batches_in_all: int | None = None,
 ) -> Block:
     """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
 
@@ -666,6 +757,8 @@ def make_block(
         for stage in stages
     ]
     planned = [[group for group in stage if group] for stage in named]
+    ranks = ranks or Ranks.alone()
+    count = len(kwargs) if batches_in_all is None else batches_in_all
     return Block(
         index=index,
         name=name,
@@ -680,6 +773,9 @@ def make_block(
         kwargs=kwargs,
         masks=captured.masks if captured else [],
         records={full: {} for full in linears},
+        ranks=ranks,
+        share=ranks.share(count) if len(kwargs) < count else range(count),
+        batches_in_all=count,
         ferry=Ferry(device),
         memo_bytes=memo_bytes,
     )

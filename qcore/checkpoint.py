@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -17,7 +18,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, ModelError, QcoreError, name_list
+from .errors import CheckpointError, ConfigError, ModelError, QcoreError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .weight import QuantizedWeight
 
@@ -158,10 +159,13 @@ class ModelFolder:
         self.tensors = self._index()
 
     def _files(self) -> list[str]:
-        if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
+        indexes = sorted(self.path.glob("*.safetensors.index.json"))  # AutoGPTQ calls its by the model's own base name
+        index = self.path / INDEX if len(indexes) != 1 else indexes[0]
+        if index.is_file():
+            check_inside(index, self.path)
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise CheckpointError(f"{self.path / INDEX} has no weight_map of strings.")
+                raise CheckpointError(f"{index} has no weight_map of strings.")
             return sorted(set(weight_map.values()))
         if (self.path / SINGLE).is_file():
             return [SINGLE]
@@ -276,7 +280,7 @@ class ShardWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._written, self._written + size],
         }
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = _bytes_of(tensor)
         with disk_errors(f"writing {path}"):
             self._file.write(data)
             if self._flushing is None or self._flushing.done():
@@ -304,14 +308,15 @@ class ShardWriter:
             self._file.seek(0)
             self._file.write(self.room.to_bytes(8, "little") + encoded)
             self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._flushing = self._flusher.submit(_sync_and_close, self._file)
         self._file = None
 
     def close(self) -> None:
-        """Finish the last shard, give the files their names, write the index when there is more than one."""
+        """Finish the last shard, give the files their names, write the index when there is more than one.
+
+        They can be read now; `settle` waits until they are on the disk.
+        """
         self._finish_shard()
-        self._flusher.shutdown()
         count = len(self.shards)
         weight_map = {}
         for number, (path, header) in enumerate(self.shards, 1):
@@ -321,6 +326,17 @@ class ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
+
+    def settle(self) -> None:
+        """Wait for the disk."""
+        with disk_errors(f"writing {self.folder}"):
+            self._flushed()
+        self._flusher.shutdown()
+
+
+def _sync_and_close(file: Any) -> None:
+    with file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -424,20 +440,59 @@ def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
                 each.cancel()
 
 
+@dataclass(frozen=True)
+class _Recorded(Content):
+    """A content that remembers a checksum of every weight that passed, so that verifying need not make it a second time."""
+
+    passed: dict[str, Checksum] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Content) -> _Recorded:
+        passed: dict[str, Checksum] = {}
+
+        def weight(name: str) -> QuantizedWeight:
+            found = content.weight(name)
+            passed[name] = checksum(found)
+            return found
+
+        parts = {each.name: getattr(content, each.name) for each in fields(Content)}
+        return cls(**{**parts, "weight": weight, "passed": passed})
+
+
+Checksum = tuple[Any, ...]
+
+
+def checksum(weight: QuantizedWeight) -> Checksum:
+    """What two weights share if and only if they are the same bit for bit: the digest of every tensor."""
+    parts: list[Any] = [weight.config]
+    for name in ("codes", "scales", "zeros", "g_idx", "bias"):
+        value = getattr(weight, name)
+        parts.append(None if value is None else (value.dtype, tuple(value.shape), hashlib.sha256(_bytes_of(value)).digest()))
+    return tuple(parts)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def compare(content: Content, again: Content, folder: Path) -> None:
     """Raise CheckpointError unless what was read back holds the same linears, bit for bit, and the same other tensors."""
     if set(again.layers) != set(content.layers):
         raise CheckpointError(f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back.")
+    passed = content.passed if isinstance(content, _Recorded) else {}
 
-    def compared(name: str) -> str | None:
-        return content.weight(name).difference(again.weight(name))
+    def differs(name: str) -> str | None:
+        found = again.weight(name)
+        if name in passed and passed[name] == checksum(found):
+            return None
+        return content.weight(name).difference(found)
 
-    for name, difference in zip(content.layers, in_order(compared, content.layers), strict=True):
+    for name, difference in zip(content.layers, in_order(differs, content.layers), strict=True):
         if difference:
             raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
     if set(again.tensors) != set(content.tensors):
-        odd = sorted(set(again.tensors) ^ set(content.tensors))
-        raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(odd)}.")
+        strays = sorted(set(again.tensors) ^ set(content.tensors))
+        raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(strays)}.")
 
 
 class FolderExporter(Exporter):
@@ -469,6 +524,7 @@ class FolderExporter(Exporter):
         refuse(self, content)
         expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
         writer = ShardWriter(folder, expected, self.shard_bytes)
+        content = _Recorded.of(content)
 
         def encoded(name: str) -> dict[str, Tensor]:
             weight = content.weight(name)
@@ -489,6 +545,23 @@ class FolderExporter(Exporter):
             write_json(folder / file, value)
         carry_files(content, folder)
         self.verify(content, folder)
+        writer.settle()
+
+
+def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
+    """The same format in files of at most `shard_bytes` (None: as it would itself).
+
+    Raises ConfigError when it is no number of bytes or the format is one file.
+    """
+    if shard_bytes is None:
+        return exporter
+    if not isinstance(exporter, FolderExporter):
+        raise ConfigError(f"format {exporter.name!r} is one file; shard_bytes does not apply.")
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes is {shard_bytes}, expected a number of bytes.")
+    changed = copy.copy(exporter)
+    changed.shard_bytes = shard_bytes
+    return changed
 
 
 def carry_files(content: Content, folder: Path) -> None:

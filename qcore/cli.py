@@ -45,7 +45,7 @@ def main() -> NoReturn:
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--algo", default="gptq", show_default=True, help="Algorithm; see `qcore algorithms`.")
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--group-size", default=128, show_default=True, help="Columns that share a scale; -1 for a whole row.")
@@ -63,25 +63,46 @@ def main() -> NoReturn:
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
               help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Discard an unfinished run instead of resuming it.")
+@click.option("--deterministic", is_flag=True, help="Give the same bytes with any number of processes (torchrun).")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan instead: linears, bits, memory, disk, time; try one block."
+)
 @trust_option
 @json_option
-def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, as_json: bool, **settings: Any) -> None:
+def quantize(
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    options: tuple[str, ...],
+    format_: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Quantize MODEL (a folder, a hub name, a model file, or `demo`) into a folder.
 
-    An interrupted run resumes when the same command is given again.
+    An interrupted run resumes when the same command is given again. Several GPUs or machines share a run that is started by
+    `torchrun --nproc-per-node N -m qcore quantize …`.
     """
     from . import api
     from .plugins import installed
+    from .ranks import Ranks, connect
 
     clash = next((pair.split("=")[0] for pair in options if pair.split("=")[0] in settings), None)
     if clash:
         raise ConfigError(f"--set {clash}: this is an option of its own, --{clash.replace('_', '-')}.")
+    if dry_run:
+        _dry_run(model, output, as_json, format=format_, **settings, **parse_options(options))
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     progress = _progress(quiet=as_json)
     plugins = installed()
     plugins.manager.register(progress)
     try:
-        with progress:
+        with connect(settings["device"]), progress:
             api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
+            if Ranks().rank > 0:
+                return
     except KeyboardInterrupt:
         click.echo(
             f"\nStopped. Finished blocks are kept in {output}.partial: run the same command again to resume.", err=True
@@ -97,6 +118,28 @@ def quantize(model: str, output: Path, options: tuple[str, ...], format_: str, a
     else:
         _show_layers(report["layers"])
         _show_summary(output, report, found)
+
+
+def _dry_run(model: str, output: Path | None, as_json: bool, **settings: Any) -> None:
+    from .tools.explain import explain
+
+    for unused in ("fresh", "deterministic", "calibration"):
+        settings.pop(unused)
+    plan = explain(model, output=output, probe=True, **settings)
+    if as_json:
+        click.echo(json.dumps(plan))
+        return
+    _show_plan(plan)
+    disk, parts = plan["disk"], plan["parts"]
+    about = "" if disk["exact"] else "about "
+    click.echo(f"disk: {about}{disk['output'] / 1e9:.3f} GB of weights, and {disk['journal'] / 1e9:.3f} GB of finished blocks until they are written")  # fmt: skip
+    if plan["gpu_memory"]:
+        click.echo(f"peak GPU memory: {plan['gpu_memory'] / 1e9:.2f} GB")
+    click.echo(f"peak host memory: {plan['host_memory'] / 1e9:.2f} GB, this program itself included")
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    click.echo(
+        f"time: {plan['seconds']:.1f} s ({spent}) from the moment the calibration is there, by one block tried here"
+    )
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -424,13 +467,17 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
 @click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
+@click.option("--shard-gb", type=float, help="The most a weight file holds, in GB.  [default: 5]")
 @json_option
-def convert(model: str, output: Path, format_: str, lossy: bool, manifest: bool, as_json: bool) -> None:
+def convert(
+    model: str, output: Path, format_: str, lossy: bool, manifest: bool, shard_gb: float | None, as_json: bool
+) -> None:
     """Write a quantized MODEL (a folder or a hub name) in another format, without quantizing again."""
     from . import api
     from .tools import conversion
 
-    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest)
+    shard_bytes = None if shard_gb is None else int(shard_gb * 1e9)
+    conversion.convert(model, output, format_, lossy=lossy, manifest=manifest, shard_bytes=shard_bytes)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]
     if as_json:
@@ -647,12 +694,15 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
     _table(["blocks", "input", "linear (of one input: the same number)", "shape", ""], rows, title)
     for note in plan["assumed"]:
         click.echo(f"generic adapter: {note}")
-    click.echo(f"quantized: {plan['quantized']:,} weights")
+    for kind in plan["grids"]:
+        click.echo(f"quantized: {kind['weights']:,} weights in {kind['linears']} linears to {kind['grid']}")
     for kept in plan["float"]:
         click.echo(
             f"in float: {kept['weights']:,} weights in {kept['tensors']} tensors, {kept['why']}; {kept['example']}"
         )
     click.echo(f"size: {plan['size'] / 1e6:.1f} MB now, about {plan['size_quantized'] / 1e6:.1f} MB then")
+    if "seconds" in plan:
+        return
     click.echo(
         f"a run into a folder: at least {plan['memory'] / 1e9:.2f} GB for the largest block and the hidden states, at least "
         f"{plan['seconds_forward']:.1f} s of forward passes here; what the algorithm needs comes on top"

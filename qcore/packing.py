@@ -7,6 +7,7 @@ words, so widths that do not divide 32 cross word boundaries. It is the stream G
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,27 +25,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     tensor([801], dtype=torch.int32)
     """
     count = codes.shape[-1]
-    codes = codes.to(torch.uint8)
-    if 8 % bits == 0:
-        joined = _blocks(codes, 32 // bits).flatten(-2).contiguous()
-        width = bits
-        while width < 8:  # two neighbours are one number of 16 bits; the second moves down beside the first
-            pair = joined.view(torch.int16)
-            joined = (pair | pair >> (8 - width)).to(torch.uint8)
-            width *= 2
-        return joined.view(torch.int32)
-    period = 32 // math.gcd(bits, 32)  # codes after which the pattern of word boundaries repeats
-    words = period * bits // 32
-    blocks = _blocks(codes, period)
-    packed = torch.zeros(*blocks.shape[:-1], words, dtype=torch.int64, device=codes.device)
-    for j in range(period):
-        code = blocks[..., j].to(torch.int64)
-        word, shift = divmod(bits * j, 32)
-        packed[..., word] |= (code << shift) & 0xFFFFFFFF
-        if shift + bits > 32:
-            packed[..., word + 1] |= code >> (32 - shift)
-    stream = packed.flatten(-2)[..., : words_for(count, bits)]
-    return torch.where(stream >= 2**31, stream - 2**32, stream).to(torch.int32)
+    blocks = _blocks(codes.to(torch.uint8), 32 // math.gcd(bits, 32))  # whole words, and whole eights where they matter
+    rows, each = blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1]
+    stream = _in_pieces(_join, blocks, bits, 8, bits).reshape(*rows, each * bits // 8)
+    return stream.view(torch.int32)[..., : words_for(count, bits)]
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -53,25 +37,73 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     >>> unpack(torch.tensor([801], dtype=torch.int32), 4, 3)
     tensor([1, 2, 3], dtype=torch.uint8)
     """
+    blocks = _blocks(words, bits // math.gcd(bits, 32))
+    rows, each = blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1]
+    plain = blocks if blocks.stride(-1) == 1 else blocks.clone(memory_format=torch.contiguous_format)
+    codes = _in_pieces(_split, plain.contiguous().view(torch.uint8), bits, bits, 8)
+    return codes.reshape(*rows, each * 32 // bits)[..., :count]
+
+
+def _in_pieces(work: Callable[[Tensor, int], Tensor], source: Tensor, bits: int, taken: int, given: int) -> Tensor:
+    """Apply `work` to a tensor of bytes, flat, `taken` bytes becoming `given`; on a CPU in pieces that its cache holds."""
+    flat = source.contiguous().flatten()
+    if flat.storage_offset() % 8:  # it is looked at as wider integers, which must be aligned
+        flat = flat.clone()
+    piece = taken * 2**15 if flat.device.type == "cpu" else max(1, len(flat))
+    if bits == 8 or len(flat) <= piece:
+        return work(flat, bits)
+    result = torch.empty(len(flat) // taken * given, dtype=torch.uint8, device=flat.device)
+    for start in range(0, len(flat), piece):
+        end = min(start + piece, len(flat))
+        result[start // taken * given : end // taken * given] = work(flat[start:end], bits)
+    return result
+
+
+def _join(codes: Tensor, bits: int) -> Tensor:
+    """Codes, a byte each, to the stream of their bits: uint8 [n] -> uint8 [n * bits / 8]."""
+    if bits == 8:
+        return codes
+    if 8 % bits == 0:  # whole codes per byte: those of one byte, seen as one integer, slide together
+        seen = codes.view(_INTEGERS[8 // bits])
+        joined = seen.clone()
+        for slot in range(1, 8 // bits):
+            joined |= seen >> (8 - bits) * slot
+        return joined.to(torch.uint8)
+    eights = codes.view(torch.int64)  # eight codes: pairs, fours and then all slide together
+    for width, low, high in _stages(bits):
+        eights = (eights & low) | (eights >> width) & high
+    return eights.view(torch.uint8).reshape(-1, 8)[:, :bits].flatten()
+
+
+def _split(stream: Tensor, bits: int) -> Tensor:
+    """The other way: uint8 [n * bits / 8] -> uint8 [n]."""
+    if bits == 8:
+        return stream
     if 8 % bits == 0:
-        split = words.contiguous().view(torch.uint8)
-        width = 8
-        while width > bits:  # as in `pack`, backwards
-            width //= 2
-            pair = split.to(torch.int16)
-            split = (pair | pair << (8 - width)).bitwise_and_((2**width - 1) * 0x0101).view(torch.uint8)
-        return split[..., :count]
-    period, mask = 32 // math.gcd(bits, 32), 2**bits - 1
-    per_block = period * bits // 32
-    blocks = _blocks(words.to(torch.int64) & 0xFFFFFFFF, per_block)
-    codes = torch.empty(*blocks.shape[:-1], period, dtype=torch.uint8, device=words.device)
-    for j in range(period):
-        word, shift = divmod(bits * j, 32)
-        code = blocks[..., word] >> shift
-        if shift + bits > 32:
-            code = code | (blocks[..., word + 1] << (32 - shift))
-        codes[..., j] = (code & mask).to(torch.uint8)
-    return codes.flatten(-2)[..., :count]
+        wide = stream.to(_INTEGERS[8 // bits])
+        spread = wide.clone()
+        for slot in range(1, 8 // bits):
+            spread |= wide << (8 - bits) * slot
+        return spread.view(torch.uint8).bitwise_and_(2**bits - 1)
+    eights = torch.zeros(len(stream) // bits, 8, dtype=torch.uint8, device=stream.device)
+    eights[:, :bits] = stream.reshape(-1, bits)
+    whole = eights.view(torch.int64)
+    for width, low, high in reversed(_stages(bits)):
+        whole = (whole & low) | (whole & high) << width
+    return whole.view(torch.uint8).flatten()
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _stages(bits: int) -> list[tuple[int, int, int]]:
+    """How eight codes in a 64-bit integer slide together: (distance, mask of what stays, mask of what has moved), thrice."""
+    found = []
+    for codes in (1, 2, 4):  # joined so far; they lie in fields of 8 * codes bits
+        pairs = range(0, 64, 16 * codes)
+        low = sum(2 ** (bits * codes) - 1 << start for start in pairs)
+        found.append(((8 - bits) * codes, low, low << bits * codes))
+    return found
 
 
 def _blocks(values: Tensor, size: int) -> Tensor:

@@ -41,6 +41,7 @@ from .linear import QuantLinear
 from .memory import Room, is_out_of_memory, keeper, limited
 from .model import FolderWeights, Names, Weights, compute_dtype, refuse_encoder_decoder
 from .plugins import Plugins
+from .ranks import Ranks
 from .weight import QuantizedWeight
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Job:
     calibration: Calibration | None
     label: str  # the model, as the user called it
     blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def batch_size(self) -> int:
@@ -225,7 +227,9 @@ class _Inputs:
     """The calibration as it stands between two blocks: the streams of hidden states and what blocks are called with."""
 
     def __init__(self, job: Job, calibration: Calibration) -> None:
-        self.job, self.batches = job, calibration.batches(job.batch_size)
+        self.job, batches = job, calibration.batches(job.batch_size)
+        self.count = len(batches)  # of all processes
+        self.batches = [batches[number] for number in share_of(job, self.count)]
         self.keep = "host" if job.algorithm.keep_on_host and job.room.keep == "device" else job.room.keep
         self.captured = self._capture(keeper(job.device, self.keep))
         self.float_inputs: walk.Stream | None = None
@@ -247,7 +251,8 @@ class _Inputs:
         """
         streams = [stream for stream in (self.captured.stream, self.float_inputs) if stream is not None]
         size = max(len(ids) for ids, _ in self.batches)
-        if self.job.algorithm.batch_size is not None or (size == 1 and self.keep != "device"):
+        fixed = self.job.algorithm.batch_size is not None or self.job.ranks.deterministic or self.job.ranks.size > 1
+        if fixed or (size == 1 and self.keep != "device"):
             raise RunError(
                 f"memory ran out with batches of {size} sequences ({reason}). "
                 "Give fewer tokens a sequence (seqlen), a smaller batch_size, more memory (max_memory), or another device."
@@ -272,6 +277,7 @@ class _Inputs:
         ]
         again = self._capture(lambda x: x.new_empty(0))
         self.captured.kwargs, self.captured.masks = again.kwargs, again.masks
+        self.count = len(self.batches)
 
 
 def _halves(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -298,7 +304,7 @@ class _Work:
             self.job.weights.let_go(self.job.blocks[index][0])
             self.job.weights.bring(self.job.blocks[index][0], self.job.device, self.job.dtype)
         captured, float_inputs = (self.inputs.captured, self.inputs.float_inputs) if self.inputs else (None, None)
-        return _block_at(self.job, self.indices, captured, float_inputs)
+        return _block_at(self.job, self.indices, captured, float_inputs, self.inputs.count if self.inputs else 0)
 
     def attempt(self, step: Callable[[walk.Block], T]) -> T:
         """Return step(block), begun again with smaller batches when memory runs out."""
@@ -413,8 +419,23 @@ class _Behind:
 _Finished = tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]], bool]
 
 
+def share_of(job: Job, count: int) -> range:
+    """Return which of `count` calibration batches this process works on.
+
+    Raises ConfigError when there are fewer batches than processes that share them.
+    """
+    if not job.algorithm.shares_calibration:
+        return range(count)
+    if count < job.ranks.size:
+        raise ConfigError(
+            f"{job.ranks.size} processes cannot share {count} calibration batches of {job.batch_size}: each needs one at least. "
+            "Give more samples or a smaller batch_size, or start fewer processes."
+        )
+    return job.ranks.share(count)
+
+
 def _block_at(
-    job: Job, indices: Sequence[int], captured: walk.Captured | None, float_inputs: walk.Stream | None
+    job: Job, indices: Sequence[int], captured: walk.Captured | None, float_inputs: walk.Stream | None, count: int
 ) -> walk.Block:
     """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
     name, module = job.blocks[indices[0]]
@@ -433,7 +454,7 @@ def _block_at(
     dtype_of = job.weights.dtype_of
     return walk.make_block(
         indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed,
-        job.room.memo_bytes,
+        job.room.memo_bytes, job.ranks, count,
     )  # fmt: skip
 
 
@@ -476,6 +497,7 @@ def _quantize(
             f"algorithm {job.algorithm.name!r} returned {len(results)} of {len(block.linears)} linears of block "
             f"{block.name}; look at {name_list(missing)}."
         )
+    results = block.agree(results)
     done: list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]] = []
     for index in indices:
         prefix, records = f"{job.blocks[index][0]}.", []
@@ -500,12 +522,18 @@ def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 class Journal:
     """The record of a run beside its output: what was asked for, the calibration tokens, each finished block.
 
+    Of a run of several processes the first alone touches files; the others are told what it finds.
+
     Raises RunError when another run holds the journal, or when it belongs to a run that differs; the difference is named.
     """
 
-    def __init__(self, output: Path, fresh: bool = False) -> None:
+    def __init__(self, output: Path, fresh: bool = False, ranks: Ranks | None = None) -> None:
         self.path = output.with_name(f"{output.name}.partial")
         self.output = output
+        self.ranks = ranks or Ranks.alone()
+        self.ranks.first(lambda: self._open(fresh))
+
+    def _open(self, fresh: bool) -> None:
         with disk_errors(f"making {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
@@ -513,7 +541,7 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise RunError(f"another run is writing {output} (it holds {self.path}/lock).") from None
+            raise RunError(f"another run is writing {self.output} (it holds {self.path}/lock).") from None
         if fresh:
             for old in self.path.iterdir():
                 if old.name != "lock":
@@ -524,6 +552,9 @@ class Journal:
 
         Data held in memory (asked["source"] is None) is looked at again: `begin` tells whether it is the same.
         """
+        return self.ranks.first(lambda: self._calibration(make, asked))
+
+    def _calibration(self, make: Callable[[], Calibration], asked: Mapping[str, Any]) -> Calibration:
         path = self.path / "calibration.safetensors"
         if path.is_file() and asked["source"] is not None:
             with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
@@ -548,6 +579,9 @@ class Journal:
 
         Raises RunError when the journal belongs to a run with another fingerprint.
         """
+        return self.ranks.first(lambda: self._begin(fingerprint))
+
+    def _begin(self, fingerprint: Mapping[str, Any]) -> int:
         path = self.path / "run.json"
         current = json.loads(json.dumps(fingerprint))
         if path.is_file():
@@ -569,17 +603,25 @@ class Journal:
 
     def write_block(self, index: int, results: Mapping[str, QuantizedWeight], records: list[dict[str, Any]]) -> None:
         """Keep a finished block, atomically."""
+        if self.ranks.rank > 0:
+            return
         tensors = {
-            f"{name}/{part}": t.clone() for name, weight in results.items() for part, t in weight.to_tensors().items()
+            f"{name}/{part}": t.clone(memory_format=torch.contiguous_format)
+            for name, weight in results.items()
+            for part, t in weight.to_tensors().items()
         }
         configs = {name: weight.config.model_dump() for name, weight in results.items()}
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
         write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
 
-    def read_block(
+    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+        """Return a finished block, or None."""
+        return self.ranks.first(lambda: self.read_own(index))
+
+    def read_own(
         self, index: int, only: str | None = None
     ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
-        """Return a finished block, or None. only: one of its linears, the others left out."""
+        """As `read_block`, for the first process alone. only: one of the block's linears, the others left out."""
         path = self._block(index)
         if not path.is_file():
             return None
@@ -595,37 +637,59 @@ class Journal:
 
     def finish(self) -> None:
         """Remove the journal; its output is in place."""
+        if self.ranks.rank > 0:
+            return
         self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Leave the journal for a later run; one that holds nothing yet goes."""
+        if self.ranks.rank > 0:
+            return
         if [path.name for path in self.path.glob("*")] == ["lock"]:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
 
-def _differ(before: Any, current: Any) -> str:
+def same_everywhere(ranks: Ranks, facts: Mapping[str, Any]) -> None:
+    """Raise RunError on every process when they were not started with the same model, settings and calibration."""
+    first = ranks.first(lambda: dict(facts))
+    key = next((key for key in {**first, **facts} if first.get(key) != facts.get(key)), None)
+    difference = key and f"{key}: {_differ(first.get(key), facts.get(key), 'is', 'there')}"
+    for rank, found in enumerate(ranks.gather(difference)):
+        if found:
+            raise RunError(
+                f"rank {rank} was started with something else than rank 0: {found}. "
+                "Give every process the same model, settings and calibration."
+            )
+
+
+def _differ(before: Any, current: Any, earlier: str = "was", later: str = "now") -> str:
     """Show where two fingerprint values differ, as narrowly as possible."""
     if isinstance(before, dict) and isinstance(current, dict):
         keys = [key for key in {**before, **current} if before.get(key) != current.get(key)]
-        return "; ".join(f"{key} was {before.get(key)!r}, now {current.get(key)!r}" for key in keys[:3])
-    return f"was {before!r}, now {current!r}"
+        return "; ".join(f"{key} {earlier} {before.get(key)!r}, {later} {current.get(key)!r}" for key in keys[:3])
+    return f"{earlier} {before!r}, {later} {current!r}"
 
 
-def fingerprint(job: Job, folder: ModelFolder) -> dict[str, Any]:
-    """What must be equal for a journal's blocks to be this run's blocks."""
+def fingerprint(job: Job, folder: ModelFolder | None) -> dict[str, Any]:
+    """What must be equal for a journal's blocks to be this run's blocks, and for processes to share a run."""
     import transformers
 
     from . import __version__
 
     described = job.describe()
     return {
-        "model": {"weights": model_digest(folder), "config": folder.config},
+        "model": {"weights": model_digest(folder), "config": folder.config} if folder else module_digest(job.model),
         "linears": {name: config and config.model_dump() for name, config in job.linears.items()},
         "algorithm": {"name": described["algorithm"], **described["params"], **described["facts"]},
         "calibration": _calibration_facts(job.calibration) if job.calibration else None,
-        "run": {"seed": job.seed, "batch_size": job.batch_size, "adapter": job.adapter.name},
+        "run": {
+            "seed": job.seed,
+            "batch_size": job.batch_size,
+            "adapter": job.adapter.name,
+            "deterministic": job.ranks.deterministic,
+        },
         "environment": {
             "qcore": __version__,
             "torch": torch.__version__,
@@ -660,6 +724,15 @@ def model_digest(folder: ModelFolder) -> str:
     return hasher.hexdigest()
 
 
+def module_digest(model: nn.Module) -> str:
+    """sha256 over every tensor's name, dtype, shape and some of its values, of a model in memory."""
+    hasher = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        few = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)].cpu()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {few.tolist()}".encode())
+    return hasher.hexdigest()
+
+
 def quantize_to_folder(
     job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter, plugins: Plugins
 ) -> dict[str, Any]:
@@ -671,25 +744,34 @@ def quantize_to_folder(
     assert isinstance(job.weights, FolderWeights)
     done = journal.begin(fingerprint(job, folder))
     started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
-    plugins.call("qcore_run_started", plan=started)
+    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell("qcore_run_started", plan=started)
     records: list[dict[str, Any]] = []
     location: dict[str, int] = {}
-    for index, results, found in quantize_blocks(job, journal, _announce(plugins)):
+    for index, results, found in quantize_blocks(job, journal, _announce(tell)):
         records += found
         location.update(dict.fromkeys(results, index))
         del results
     content = journal_content(job, folder, journal, location, records)
-    with complete_folder(journal.output, scratch=journal.path / "output") as draft:
-        exporter.save(content, draft)
-    journal.finish()
+
+    def write() -> None:
+        with complete_folder(journal.output, scratch=journal.path / "output") as draft:
+            exporter.save(content, draft)
+        journal.finish()
+
+    job.ranks.first(write)
     report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
-    plugins.call("qcore_run_finished", report=report)
+    tell("qcore_run_finished", report=report)
     return report
 
 
-def _announce(plugins: Plugins) -> Callable[[int, list[dict[str, Any]]], None]:
+def _nobody(hook: str, **facts: Any) -> None:
+    """In the place of the plugins on processes other than the first: one run has one course of events."""
+
+
+def _announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
     def finished(index: int, records: list[dict[str, Any]]) -> None:
-        plugins.call("qcore_block_finished", index=index, records=records)
+        tell("qcore_block_finished", index=index, records=records)
 
     return finished
 
@@ -709,7 +791,7 @@ def journal_content(
 
     def weight(key: str) -> QuantizedWeight:
         index = location[on_disk[key]]
-        restored = journal.read_block(index, only=on_disk[key])
+        restored = journal.read_own(index, only=on_disk[key])
         if restored is None:
             raise RunError(f"{journal.path} lost block {index} while the output was being written.")
         return restored[0][on_disk[key]]

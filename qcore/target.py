@@ -9,9 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .exporter import LayerSpec
+
+if TYPE_CHECKING:
+    from .weight import QuantizedWeight
 
 Level = Literal["refuses", "warns", "kernel"]
 
@@ -22,12 +25,14 @@ class Subject:
 
     format: the format's name. config: config.json, with `quantization_config` for a folder and without for a plan.
     layers: the quantized linears. options: of the target's own, such as tensor_parallel or device.
+    weight: reads a quantized linear of a folder; None for a plan.
     """
 
     format: str
     config: Mapping[str, Any]
     layers: Mapping[str, LayerSpec]
     options: Mapping[str, Any] = field(default_factory=dict)
+    weight: Callable[[str], QuantizedWeight] | None = None
 
     @property
     def quantization(self) -> Mapping[str, Any]:

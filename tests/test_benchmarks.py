@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qcore
+from qcore.plugins import installed
 from qcore.testing import tiny_language_model, tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -127,3 +128,19 @@ def test_the_adapter_example_lowers_the_loss(llama_folder, tmp_path, monkeypatch
     assert curve[-1][0] < curve[0][0]
     assert curve[-1][1] < curve[0][1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_matmul_cpu_times_every_column_beside_the_others(monkeypatch, capsys, tmp_path):
+    if installed().get("backend", "cpu").unavailable():
+        pytest.skip("the CPU kernels are not built")
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(
+        sys, "argv", f"matmul_cpu --shape 256x64 --tokens 1,3 --copies 2 --seconds 0.01 --json {out}".split()
+    )
+    script("matmul_cpu").main()
+    found = json.loads(out.read_text())["milliseconds"]
+    assert set(found) == {
+        "torch float32", "torch bfloat16", "torch int4pack, bfloat16", "cpu 4 bits, float32", "cpu 4 bits, bfloat16"
+    }  # fmt: skip
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(found)

@@ -10,7 +10,6 @@ import json
 import os
 import pydoc_data.topics
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -76,7 +75,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Envir
         path = tmp_path_factory.mktemp("stranger") / "venv"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
         (target,) = path.glob("lib/python*/site-packages")
-        for folder in map(Path, [*site.getsitepackages(), site.getusersitepackages()]):
+        for folder in (Path(entry) for entry in sys.path if entry.endswith("-packages")):
             for item in folder.iterdir() if folder.is_dir() else ():
                 ours = "qcore" in item.name or item.suffix in (".pth", ".egg-link") or item.name == "__pycache__"
                 wanted = not borrowed or item.name.removesuffix(".py") in borrowed

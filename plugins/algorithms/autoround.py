@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -245,7 +248,77 @@ def signed_step(G: Tensor, r: Rounding, lr: float, minmax_lr: float | None) -> N
             r.alpha.sub_(torch.sign((-through_s / step - grad_z / s) * r.low) * minmax_lr).clamp_(0, 2)
             r.beta.sub_(torch.sign(through_s / step * r.high) * minmax_lr)
         r.beta.clamp_(0, 2)
-    r.V.sub_(passed.mul_(s).sign_().mul_(lr)).clamp_(-0.5, 0.5)
+    r.V.addcmul_(passed.sign_(), s.sign().mul_(-lr)).clamp_(-0.5, 0.5)
+
+
+# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+
+
+class Gradient8(torch.autograd.Function):
+    """x [..., in] @ weight' whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign.
+
+    The weight's gradient sums over thousands of tokens, and the rounding of each goes either way. What flows on to
+    other linears is not rounded. x is e4m3, scaled to its largest value, the outputs' gradient e5m2, which has float16's range.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        onward = grad @ weight if ctx.needs_input_grad[0] else None
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        largest = rows.abs().amax().float().clamp(min=1e-12)
+        X = (rows.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
+        Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
+        one = torch.ones_like(largest)
+        return onward, torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=weight.dtype)
+
+
+class Linear8(nn.Linear):
+    """A linear with Gradient8; modules take on this class for a while, so that one compilation serves all blocks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = Gradient8.apply(input, self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+@contextlib.contextmanager
+def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let linears have Gradient8 within."""
+    own = [type(module) for module in modules]
+    try:
+        for module in modules:
+            module.__class__ = Linear8
+        yield
+    finally:
+        for module, kind in zip(modules, own, strict=True):
+            module.__class__ = kind
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fits_float8(module: nn.Module, tokens: int) -> bool:
+    """Whether a linear's gradient can be a product of 8-bit floats: plain, of a half type, all sides multiples of 16."""
+    half = type(module) is nn.Linear and module.weight.dtype in (torch.float16, torch.bfloat16)
+    return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile something small in a thread: importing the compiler and starting its helpers takes seconds, and nobody waits."""
+
+    def compile_something() -> None:
+        x = torch.ones(16, 16, device=device, requires_grad=True)
+        torch.compile(lambda x: torch.softmax(x @ x, -1).square())(x).sum().backward()
+
+    threading.Thread(target=compile_something, daemon=True).start()
 
 
 # ---- tuning one block ------------------------------------------------------------------------------------------------
@@ -279,10 +352,15 @@ class Tuning:
         self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
         self.dtype, self.autocast = precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
-        wanted = min(len(targets), max(1, params.iters // 50))
+        self.in_8_bits = self._modules_in_8_bits() if params.float8 else []
+        wanted = min(len(targets), max(1, params.iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.processes = Processes()
+        if len(targets[0]) * self.processes.count != params.bs:  # batches are whole ones: every process does the same
+            self.processes = Processes(alone=True)
         self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
+        self.processes.agree([x for each in roundings.values() for x in (each.W, each.low, each.high)])
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
 
@@ -290,7 +368,7 @@ class Tuning:
         """Tune; return how it went and the best parameters seen, frozen."""
         iters, checks = self.params.iters, self.params.checks
         widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
-        with widened, reproducible(self.block.device):
+        with widened, gradients_in_8_bits(self.in_8_bits), reproducible(self.block.device):
             best = before = self.judge()
             if not math.isfinite(before):
                 raise ModelError(
@@ -318,6 +396,7 @@ class Tuning:
             output, error, _ = self._error(next(batches), self.weights)
             self.losses[step] += mean_square(error)
             output.backward(error.div_(self.unit).to(output.dtype))
+        self.processes.add_up(self.weights.values())
         for name, rounding in self.roundings.items():
             weight, rate = self.weights[name], decay * self.rates[name]
             if weight.grad is not None:  # else an expert that no token of these batches went to
@@ -325,10 +404,18 @@ class Tuning:
                 rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
 
+    def _modules_in_8_bits(self) -> list[nn.Module]:
+        """Return the linears whose gradients are to be products of 8-bit floats."""
+        if not has_float8(self.block.device) or self.dtype == torch.float32:
+            return []
+        prefix = f"{self.block.name}."
+        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.roundings]
+        return [module for module in modules if fits_float8(module, self.targets[0][..., 0].numel())]
+
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
         numbers = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
-        batches = map(self._batch, numbers)
+        batches = map(self._batch, self.processes.own(numbers))
         return beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
 
     def _batch(self, number: int) -> Batch:
@@ -361,7 +448,9 @@ class Tuning:
         """Return the loss of the parameters as they are on the fixed subset."""
         found = [self._error(self._batch(number), self.weights)[1:] for number in self.subset]
         total = sum(mean_square(error) * error.numel() for error, _ in found)
-        return float(total) / max(1.0, sum(error.numel() * share for error, share in found))
+        loss = total / max(1.0, sum(error.numel() * share for error, share in found))
+        self.processes.agree([loss])
+        return float(loss)
 
     def _failed(self, step: int, best_step: int) -> str:
         bad = (~torch.isfinite(self.losses[:step])).nonzero()
@@ -415,6 +504,29 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item)
+
+
+class Processes:
+    """The processes that share each batch of a step: those of torch.distributed's group, or one alone."""
+
+    def __init__(self, alone: bool = False) -> None:
+        together = not alone and dist.is_available() and dist.is_initialized()
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def own(self, items: Iterator[int]) -> Iterator[int]:
+        """Of things dealt out in turn, those of this process."""
+        return itertools.islice(items, self.rank, None, self.count)
+
+    def add_up(self, weights: Iterable[Tensor]) -> None:
+        """Add up gradients over the processes; a weight that none of this one's tokens went to counts as 0."""
+        for weight in weights if self.count > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(weight.grad)
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all the values that the first process has."""
+        for tensor in tensors if self.count > 1 else ():
+            dist.broadcast(tensor, 0)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -522,6 +634,7 @@ class AutoRound(Algorithm):
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
         layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
+        float8: multiply for the weights' gradients in 8-bit floats, where the GPU can.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -543,6 +656,7 @@ class AutoRound(Algorithm):
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
         layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+        float8: bool = False
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -584,8 +698,9 @@ class AutoRound(Algorithm):
 
     @property
     def batch_size(self) -> int | None:
-        """A step works on whole batches."""
-        return self.params.bs
+        """A step works on whole batches, or, in a run of several processes that divide one, each of them on its part."""
+        processes = Processes()
+        return self.params.bs // processes.count if self.params.bs % processes.count == 0 else self.params.bs
 
     @property
     def blocks_at_once(self) -> int:
@@ -607,6 +722,8 @@ class AutoRound(Algorithm):
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
+        if block.index == 0 and self.params.iters and block.device.type == "cuda" and self.params.compile is not False:
+            warm_up(block.device)
         inputs = None
         if self.params.iters and not self.params.use_quant_input:
             inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]

@@ -28,6 +28,7 @@ from qcore import (
     Options,
     QuantConfig,
     QuantizedWeight,
+    Task,
     grid,
     hookimpl,
 )
@@ -55,7 +56,7 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device, with_cross: bool = False) -> None:
         self.sum = torch.zeros(columns, columns, device=device)
         self.cross = torch.zeros(columns, columns, device=device) if with_cross else None
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64)  # on the host, which counts ahead of a GPU
 
     def add(self, X: Tensor, X_float: Tensor | None = None) -> None:
         """Add the tokens of X [tokens, in]; X_float are the same tokens in the float model."""
@@ -69,9 +70,13 @@ class Hessian:
                 add_product(self.cross[start:stop], X_float[:, start:stop].to(X.dtype).t(), X)
         self.tokens += X.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over batches."""
+        return [self.sum, self.tokens] if self.cross is None else [self.sum, self.tokens, self.cross]
+
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums."""
-        H, C, tokens = self.sum, self.cross, max(1, self.tokens)
+        H, C, tokens = self.sum, self.cross, max(1, int(self.tokens))
         for start in range(0, len(H), self.PANEL):
             stop = min(start + self.PANEL, len(H))
             H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
@@ -522,6 +527,7 @@ class Gptq(Algorithm):
     params: Params
     name = "gptq"
     description = "GPTQ: error-compensated rounding with a calibrated Hessian"
+    shares_calibration = True
 
     @property
     def float_stream(self) -> bool:
@@ -543,9 +549,7 @@ class Gptq(Algorithm):
         checks = Checks()
         for groups in self._rounds(block):
             hessians = self._hessians(block, [group[0] for group in groups])
-            found: dict[str, QuantizedWeight] = {}
-            for group in groups:
-                found |= self._quantize_group(block, group, hessians.pop(group[0], None), checks)
+            found = block.spread(self._tasks(block, groups, hessians, checks))
             for name, weight in found.items():
                 block.replace(name, weight)
             results |= found
@@ -567,54 +571,82 @@ class Gptq(Algorithm):
             yield groups
 
     def _hessians(self, block: BlockContext, names: Sequence[str]) -> dict[str, Hessian]:
-        """Return H of each named linear that saw any token, from one replay."""
-        hessians: dict[str, Hessian] = {}
+        """Return H of each named linear, from one replay."""
 
-        def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
-            if name not in hessians:
-                hessians[name] = Hessian(X.shape[1], X.device, self.float_stream)
-            hessians[name].add(X, X_float)
+        def make(name: str) -> Hessian:
+            return Hessian(block.linears[name].weight.shape[1], block.device, self.float_stream)
 
-        block.observe(names, visit, paired=self.float_stream)
-        return hessians
+        return block.accumulate(names, make, paired=self.float_stream)
 
-    def _quantize_group(
-        self, block: BlockContext, group: tuple[str, ...], hessian: Hessian | None, checks: Checks
-    ) -> dict[str, QuantizedWeight]:
-        """Quantize linears that share H stacked, once per distinct config."""
-        if hessian is None or hessian.tokens == 0:
-            return {name: self._plain(block, name, "no calibration token reached it") for name in group}
+    def _tasks(
+        self, block: BlockContext, groups: Sequence[tuple[str, ...]], hessians: dict[str, Hessian], checks: Checks
+    ) -> list[Task]:
+        """Cut the work into what can be done side by side: linears that share H and a config are solved stacked, unless that
+        leaves processes of the run without work. Takes the hessians over, so that each goes when it was used.
+        """
+        units = [
+            (group, [name for name in group if block.linears[name].config == config])
+            for group in groups
+            for config in dict.fromkeys(block.linears[name].config for name in group)
+        ]
+        if len(units) < block.workers:
+            units = [(group, [name]) for group, names in units for name in names]
+        inputs = {group: cache(partial(self._inputs, group, hessians.pop(group[0]), checks)) for group in groups}
+        tasks = []
+        for group, names in units:
+            rows = sum(len(block.linears[name].weight) for name in names)
+            columns = block.linears[names[0]].weight.shape[1]
+            work = partial(self._quantize_stacked, block, names, inputs[group], checks)
+            tasks.append(Task(names, columns**2 * (rows + columns), work))
+        return tasks
+
+    def _inputs(self, group: tuple[str, ...], hessian: Hessian, checks: Checks) -> tuple[Tensor, Tensor | None] | None:
+        """Return H and C of what linears get, or None when no token reached them."""
+        if not int(hessian.tokens):
+            return None
         H, C = hessian.finish()
         checks.settle()  # of groups before this one: a GPU is done with them
         checks.add(torch.isfinite(H.diagonal()).all(), partial(_refuse_inputs, group[0]))
+        return H, C
+
+    def _quantize_stacked(
+        self,
+        block: BlockContext,
+        names: Sequence[str],
+        inputs: Callable[[], tuple[Tensor, Tensor | None] | None],
+        checks: Checks,
+    ) -> dict[str, QuantizedWeight]:
+        """Quantize linears that share H and a config."""
+        found = inputs()
+        if found is None:
+            return {name: self._plain(block, name, "no calibration token reached it") for name in names}
+        H, C = found
+        config = block.linears[names[0]].config
+        W = torch.cat([block.linears[name].weight.float() for name in names])
+        target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
+        _, quantize = solver_for(self.params.solver, target.device)
+        solution = solve(target, H, config, self.params, quantize, check=False)
+        if solution is None:
+            checks.settle()
+            return {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
+        checks.add(torch.isfinite(solution.scales).all(), partial(grid.check_scales, solution.scales))
         results: dict[str, QuantizedWeight] = {}
-        for config in dict.fromkeys(block.linears[name].config for name in group):
-            names = [name for name in group if block.linears[name].config == config]
-            W = torch.cat([block.linears[name].weight.float() for name in names])
-            target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
-            _, quantize = solver_for(self.params.solver, target.device)
-            solution = solve(target, H, config, self.params, quantize, check=False)
-            if solution is None:
-                checks.settle()
-                results |= {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
-                continue
-            checks.add(torch.isfinite(solution.scales).all(), partial(grid.check_scales, solution.scales))
-            start = 0
-            for name in names:
-                linear = block.linears[name]
-                rows = slice(start, start + len(linear.weight))
-                start = rows.stop
-                results[name] = QuantizedWeight(
-                    codes=solution.codes[rows].contiguous(),
-                    scales=solution.scales[rows].to(torch.float16).contiguous(),
-                    zeros=solution.zeros[rows].to(torch.int32).contiguous(),
-                    g_idx=solution.g_idx,
-                    config=config,
-                    bias=linear.bias,
-                )
-                block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
-                if solution.damp_percent != self.params.damp_percent:
-                    block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
+        start = 0
+        for name in names:
+            linear = block.linears[name]
+            rows = slice(start, start + len(linear.weight))
+            start = rows.stop
+            results[name] = QuantizedWeight(
+                codes=solution.codes[rows].contiguous(),
+                scales=solution.scales[rows].to(torch.float16).contiguous(),
+                zeros=solution.zeros[rows].to(torch.int32).contiguous(),
+                g_idx=solution.g_idx,
+                config=config,
+                bias=linear.bias,
+            )
+            block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
+            if solution.damp_percent != self.params.damp_percent:
+                block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
 
     def _plain(self, block: BlockContext, name: str, why: str, H: Tensor | None = None) -> QuantizedWeight:

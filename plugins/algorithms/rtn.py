@@ -54,6 +54,21 @@ def round_to_nearest(
     return QuantizedWeight(codes.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int32), g_idx, config, bias)
 
 
+class Power:
+    """The sum of squared inputs [in] over calibration tokens."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(columns, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of x [tokens, in]."""
+        self.sum += x.float().square().sum(0)
+
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over batches."""
+        return [self.sum]
+
+
 class Rtn(Algorithm):
     """Round to nearest."""
 
@@ -69,6 +84,7 @@ class Rtn(Algorithm):
     name = "rtn"
     description = "round to nearest; min/max or searched scales; no calibration needed"
     needs_calibration = False
+    shares_calibration = True
 
     @property
     def uses_calibration(self) -> bool:
@@ -77,14 +93,11 @@ class Rtn(Algorithm):
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Round every linear of the block."""
-        power: dict[str, Tensor] = {}  # sum of squared inputs [in], by the first linear of each group
+        power: dict[str, Tensor] = {}  # by the first linear of each group
         if self.uses_calibration:
-
-            def visit(name: str, x: Tensor) -> None:
-                square = x.float().square().sum(0)
-                power[name] = power[name] + square if name in power else square
-
-            block.observe([group[0] for group in block.groups], visit)
+            firsts = [group[0] for group in block.groups]
+            totals = block.accumulate(firsts, lambda name: Power(block.linears[name].weight.shape[1], block.device))
+            power = {name: total.sum for name, total in totals.items() if bool(total.sum.any())}
             for name, square in power.items():
                 if not bool(torch.isfinite(square).all()):
                     raise ModelError(f"the inputs of {name} hold NaN or Inf; its activations overflow.")

@@ -69,14 +69,14 @@ def capabilities() -> list[tuple[int, int]]:
     return sorted(each for each in found if each >= OLDEST)
 
 
-def find(gpus: Iterable[tuple[int, int]]) -> Path:
+def find(gpus: Iterable[tuple[int, int]], native: Native = CUDA) -> Path:
     """Return the library that serves these GPUs; raises BackendError saying how to get it."""
-    named = CUDA.named()
+    named = native.named()
     if named:
         return named
-    if (CUDA.sources / CUDA.file).is_file():
-        return CUDA.sources / CUDA.file
-    gpus, variants = list(gpus), CUDA.variants()
+    if (native.sources / native.file).is_file():
+        return native.sources / native.file
+    gpus, variants = list(gpus), native.variants()
     for variant, path in variants.items():
         if all(any(serves(arch, gpu) for arch in variant.split("+")) for gpu in gpus):
             return path
@@ -105,20 +105,20 @@ def serves(arch: str, gpu: tuple[int, int]) -> bool:
     return gpu == (major, minor) if arch[-1] in "af" else gpu[0] == major and gpu[1] >= minor
 
 
-def build(report: Callable[[str], None]) -> Path:
-    """Compile the library into the cache, unless it is there, and return its path.
+def build(report: Callable[[str], None], native: Native = CUDA) -> Path:
+    """Compile a library of CUDA sources into the cache, unless it is there, and return its path.
 
     It is compiled for QCORE_CUDA_ARCH ("80,90a"), by default for the GPUs here. Raises BackendError when nvcc is missing or
     fails, ConfigError for an architecture that cannot be meant.
     """
     archs = wanted_archs()
-    target = CUDA.cached("+".join(archs))
+    target = native.cached("+".join(archs))
     if target.is_file():
         return target
-    nvcc, sources = find_nvcc(), sources_in(CUDA.sources, "*.cu")
+    nvcc, sources = find_nvcc(), sources_in(native.sources, "*.cu")
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     defines = ["-DQC_SM90A"] if "90a" in archs else []  # the host's compiler cannot see what the targets are
-    with CUDA.building(target) as draft:
+    with native.building(target) as draft:
         objects = {source: str(draft.with_name(f"{source.stem}.o")) for source in sources}
         _run_all(
             {

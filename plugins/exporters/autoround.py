@@ -67,7 +67,9 @@ class AutoRound(TensorExporter):
 
     def save(self, content: Content, folder: Path) -> None:
         """See TensorExporter; the layout goes by the layers."""
-        super(AutoRound, type(self)(packing_for(content.layers.values()))).save(content, folder)
+        chosen = type(self)(packing_for(content.layers.values()))
+        chosen.shard_bytes = self.shard_bytes
+        super(AutoRound, chosen).save(content, folder)
 
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See TensorExporter."""

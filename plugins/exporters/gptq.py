@@ -27,7 +27,7 @@ from qcore import (
     read_json,
 )
 
-from .layouts import Rows, grid_of, layers_of, note_of_zeros, raise_zeros, zeros_beyond
+from .layouts import Rows, grid_of, itrex, layers_of, note_of_zeros, raise_zeros, zeros_beyond
 
 BITS = (2, 3, 4, 8)
 SIDE_FILE = "quantize_config.json"
@@ -106,9 +106,12 @@ class Gptq(TensorExporter):
         quantization = config.get("quantization_config")
         if quantization is None and (folder / SIDE_FILE).is_file():
             return self.name == "gptq"
-        if not isinstance(quantization, dict) or quantization.get("quant_method") != "gptq":
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != "gptq" or itrex(quantization):
             return False
-        return str(quantization.get("checkpoint_format", "gptq")) == self.name
+        version = quantization.get("checkpoint_format", "gptq")
+        return version == self.name or (
+            self.name == "gptq" and version != "gptq_v2"
+        )  # v1 says what it thinks of others
 
     def read_quantization(self, folder: ModelFolder) -> dict[str, Any]:
         """Return bits, group_size, sym, desc_act and dynamic, with synonyms resolved."""
@@ -116,6 +119,12 @@ class Gptq(TensorExporter):
         if not isinstance(found, dict):
             raise CheckpointError(f"{folder.path}: quantization_config is no object.")
         quantization = {SYNONYMS.get(key, key): value for key, value in found.items()}
+        version = quantization.get("checkpoint_format", self.name)
+        if version != self.name:
+            raise CheckpointError(
+                f"{folder.path}: quantization_config.checkpoint_format is {version!r}; qcore reads gptq and gptq_v2. "
+                "The program that wrote it can save the model as gptq."
+            )
         if (folder.path / SIDE_FILE).is_file():
             beside = {SYNONYMS.get(key, key): value for key, value in read_json(folder.path / SIDE_FILE).items()}
             for field in QuantConfig.FIELDS:

@@ -43,6 +43,7 @@ class HfDequantized(FolderExporter):
     def save(self, content: Content, folder: Path) -> None:
         """See FolderExporter."""
         chosen = type(self)(_dtype(content.config), transposed_linears(content.config, content.layers))
+        chosen.shard_bytes = self.shard_bytes
         super(HfDequantized, chosen).save(content, folder)
 
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:

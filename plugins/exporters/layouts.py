@@ -29,7 +29,6 @@ from qcore import (
 SUFFIXES = ("qweight", "qzeros", "scales")
 #: AWQ packs eight outputs into a word; slot i (bits 4i to 4i+3) holds output ORDER[i]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)  # and output j stands in slot SLOTS[j]
 
 _EMBEDDING = re.compile(r"(\w*embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe|word_embeddings\w*)$")
 _HEADS = ("lm_head", "embed_out", "output")
@@ -199,21 +198,33 @@ class Columns:
 
 
 def _pack_columns(codes: Tensor) -> Tensor:
-    """uint8 [N, k] -> int32 [k, N/8]; joined to bytes before the transpose, which then moves a quarter as much."""
+    """uint8 [N, k] -> int32 [k, N/8], a byte of all words at a time."""
     eights = codes.reshape(-1, 8, codes.shape[1])  # [N/8, 8, k]
-    joined = torch.stack(
-        [eights[:, low] | eights[:, high] << 4 for low, high in zip(ORDER[::2], ORDER[1::2], strict=True)], -1
-    )
-    return joined.permute(1, 0, 2).contiguous().view(torch.int32).flatten(1)  # [N/8, k, 4] -> [k, N/8]
+    words = torch.zeros(len(eights), codes.shape[1], dtype=torch.int32)
+    for part in _parts_in_cache(eights):
+        for byte in range(4):
+            low, high = ORDER[2 * byte], ORDER[2 * byte + 1]
+            words[part] |= (eights[part, low] | eights[part, high] << 4).int() << 8 * byte
+    return words.t().contiguous()
 
 
 def _unpack_columns(words: Tensor) -> Tensor:
     """int32 [k, N/8] -> uint8 [N, k]."""
-    joined = words.contiguous().view(torch.uint8).reshape(*words.shape, 4).permute(1, 2, 0)  # [N/8, 4, k]
-    codes = torch.empty(words.shape[1], 8, words.shape[0], dtype=torch.uint8)
-    for output, slot in enumerate(SLOTS):
-        codes[:, output] = joined[:, slot // 2] >> 4 * (slot % 2) & 15
+    turned = words.t().clone(memory_format=torch.contiguous_format)
+    bytes_ = turned.view(torch.uint8).reshape(-1, words.shape[0], 4)  # [N/8, k, 4]
+    codes = torch.empty(len(bytes_), 8, words.shape[0], dtype=torch.uint8)
+    for part in _parts_in_cache(codes):
+        for byte in range(4):
+            both = bytes_[part, :, byte].contiguous()
+            codes[part, ORDER[2 * byte]] = both & 15
+            codes[part, ORDER[2 * byte + 1]] = both >> 4
     return codes.flatten(0, 1)
+
+
+def _parts_in_cache(eights: Tensor) -> list[slice]:
+    """Cut the first of [N/8, 8, k] so that what is worked on at a time stays in a CPU's cache."""
+    step = max(1, 2**20 // max(1, 8 * eights.shape[2]))
+    return [slice(start, start + step) for start in range(0, len(eights), step)]
 
 
 def _expecting(folder: ModelFolder, name: str) -> Callable[[bool, str], None]:
@@ -269,6 +280,11 @@ def note_of_zeros(folder: ModelFolder, layers: Mapping[str, LayerSpec], declared
             stored = packing.unpack(folder.tensor(f"{name}.qzeros"), layer.config.bits, layer.out_features)
             return zero_offset(stored, layer.config, declared)[1]
     return ()
+
+
+def itrex(quantization: Mapping[str, Any]) -> bool:
+    """Whether a config is one of auto-round's exports for Intel CPUs, which call themselves gptq and name a dtype of scales."""
+    return quantization.get("quant_method") == "gptq" and "scale_dtype" in quantization
 
 
 def zeros_beyond(weight: QuantizedWeight, low: int, high: int) -> str | None:

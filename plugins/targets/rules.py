@@ -20,6 +20,31 @@ def formats(subject: Subject, read: Sequence[str], name: str, source: str) -> li
     ]
 
 
+def config_keys(subject: Subject, keys: Sequence[str], source: str) -> list[Finding]:
+    """The keys (or either of two, a|b) without which a loader stops; a plan has no config yet, and qcore writes them all."""
+    here = subject.quantization
+    missing = [key for key in keys if here and not any(name in here for name in key.split("|"))]
+    if not missing:
+        return []
+    problem = f"quantization_config has no {', '.join(missing)}; a folder that qcore writes has them"
+    return [Finding("refuses", "config keys", problem, (), source)]
+
+
+def zero_range(subject: Subject, low: int, source: str) -> list[Finding]:
+    """Zero points that a v1 file cannot hold for every reader, looked up in the weights of a folder.
+
+    0 is stored as -1, which some readers take for 2**bits and others for 0 (docs/formats.md).
+    """
+    if subject.weight is None:
+        return []
+    odd = subject.where(lambda layer: not layer.config.sym)
+    found = tuple(name for name in odd if bool((subject.weight(name).zeros < low).any()))
+    problem = (
+        f"zero points below {low}, which readers of v1 files take for different numbers; convert to gptq_v2 or awq"
+    )
+    return [Finding("refuses", "zero range", problem, found, source)] if found else []
+
+
 def fused(subject: Subject, source: str) -> list[Finding]:
     """Linears that are fused when loaded have one grid."""
     uneven = [group for parts in FUSED for group in subject.shards(parts) if len({layer.config for layer in group}) > 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcore import Finding, Subject, Target, hookimpl
 
-from .rules import formats, fused, partly_quantized, tensor_parallel, tied_head
+from .rules import formats, fused, partly_quantized, tensor_parallel, tied_head, zero_range
 
 SOURCE = "sglang/srt/layers/quantization"
 READ = ("gptq", "awq", "autoround", "compressed-tensors", "hf-dequantized")
@@ -25,6 +25,8 @@ class Sglang(Target):
             problem = f"packing_format {packing!r} (true zero points) is unknown to it"
             found.append(Finding("refuses", "packing", problem, (), SOURCE))
         found += [*fused(subject, SOURCE), *partly_quantized(subject, SOURCE)]
+        if subject.format == "gptq":
+            found += zero_range(subject, 1, "sgl-kernel: q_gemm_kernel_gptq.cuh")
         return [*found, *tied_head(subject, SOURCE), *tensor_parallel(subject, SOURCE)]
 
     def how_to_load(self, format: str) -> str | None:

@@ -6,10 +6,16 @@ from collections import Counter
 
 from qcore import Finding, LayerSpec, Subject, Target, hookimpl
 
-from .rules import formats, fused, partly_quantized, tensor_parallel, tied_head
+from .rules import config_keys, formats, fused, partly_quantized, tensor_parallel, tied_head, zero_range
 
 QUANTIZATION = "vllm/model_executor/layers/quantization"
 MARLIN = f"{QUANTIZATION}/utils/marlin_utils.py"
+#: what `from_config` of each format asks for without a default, and where
+KEYS = {
+    "gptq": (("bits", "group_size", "desc_act", "sym"), f"{QUANTIZATION}/auto_gptq.py"),
+    "gptq_v2": (("bits", "group_size", "desc_act", "sym"), f"{QUANTIZATION}/auto_gptq.py"),
+    "awq": (("bits|w_bit", "group_size|q_group_size", "zero_point"), f"{QUANTIZATION}/auto_awq.py"),
+}
 READ = ("gptq", "gptq_v2", "awq", "autoround", "compressed-tensors", "hf-dequantized")
 
 
@@ -27,6 +33,10 @@ class Vllm(Target):
             return found
         found = [*fused(subject, "vllm issue 1427"), *partly_quantized(subject, "vllm issue 2730")]
         found += [*tied_head(subject, f"{QUANTIZATION}/gptq.py"), *tensor_parallel(subject, MARLIN)]
+        if subject.format in KEYS:
+            found += config_keys(subject, *KEYS[subject.format])
+        if subject.format == "gptq":
+            found += zero_range(subject, 1, "csrc/quantization/gptq/q_gemm.cu")
         found += _widths(subject) + _packing(subject)
         return found if any(each.level == "refuses" for each in found) else found + _kernels(subject)
 
@@ -66,7 +76,7 @@ def _packing(subject: Subject) -> list[Finding]:
     if subject.format != "autoround" or not true_zeros:
         return []
     problem = "packing_format auto_round (true zero points) is unknown to it; use gptq_v2 or compressed-tensors"
-    return [Finding("refuses", "packing", problem, (), f"{QUANTIZATION}/inc.py: SUPPORTED_FORMATS")]
+    return [Finding("refuses", "packing", problem, (), f"{QUANTIZATION}/inc/inc.py: SUPPORTED_FORMATS")]
 
 
 def _kernels(subject: Subject) -> list[Finding]:

@@ -51,7 +51,7 @@ def check(
     config = folder_config(folder)
     if config.get("quantization_config"):
         exporter, content = open_content(folder, plugins)
-        subject = Subject(exporter.name, config, content.layers)
+        subject = Subject(exporter.name, config, content.layers, weight=content.weight)
     else:
         grid = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "check")
         layers = planned(ModelFolder(folder), grid, [Override.of(each) for each in overrides], act_order, plugins)

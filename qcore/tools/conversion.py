@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import __version__, grid
 from ..api import open_content
-from ..checkpoint import check_output, complete_folder, resolve_model, write_manifest
+from ..checkpoint import check_output, complete_folder, in_shards, resolve_model, write_manifest
 from ..config import QuantConfig
 from ..errors import CheckpointError, name_list
 from ..exporter import Content, Exporter, LayerSpec
@@ -34,6 +34,7 @@ def convert(
     *,
     lossy: bool = False,
     manifest: bool = False,
+    shard_bytes: int | None = None,
     revision: str | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
@@ -41,14 +42,14 @@ def convert(
 
     lossy: what the format cannot hold exactly is changed to the nearest it can, rounded again, or kept in float;
         `qcore.json` says which layers and by how much, under `converted`.
-    manifest: write SHA256SUMS too.
+    manifest: write SHA256SUMS too. shard_bytes: the most a weight file holds (None: 5 GB).
 
     Raises CheckpointError naming the layers and why, when the format cannot hold them and `lossy` is not given.
 
     Example: `qcore.convert("model-gptq", "model-awq", "awq")`
     """
     plugins = plugins or installed()
-    exporter: Exporter = plugins.get("format", format)
+    exporter = in_shards(plugins.get("format", format), shard_bytes)
     target = Path(output)
     check_output(target)
     source, content = open_content(resolve_model(str(model), plugins, revision), plugins)

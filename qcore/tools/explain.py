@@ -10,61 +10,179 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import grid
 from ..adapter import ModelAdapter, _any_expert, is_linear, linears_in
-from ..api import pick_device
-from ..checkpoint import ModelFolder, resolve_model
+from ..algorithm import Algorithm
+from ..api import DEFAULT_ALGORITHM, _algorithm, _longest, make_job, pick_device
+from ..checkpoint import FolderExporter, ModelFolder, ShardWriter, check_output, resolve_model
 from ..config import Override, QuantConfig
-from ..model import FolderWeights, compute_dtype, skeleton, stored_dtype
+from ..exporter import Exporter
+from ..memory import parse_bytes
+from ..model import FolderWeights, Names, _get, skeleton, stored_dtype
 from ..plugins import Plugins, installed
-from ..run import check_model, find_adapter, plan_linears, shape_of
+from ..ranks import Ranks
+from ..run import Job, check_format, check_model, shape_of
+from ..weight import QuantizedWeight
+from .probe import probe as try_out
 
 
 def explain(
     model: str | Path,
+    algo: str | Algorithm = DEFAULT_ALGORITHM,
     *,
     bits: int = 4,
     group_size: int = 128,
+    sym: bool = True,
     overrides: Sequence[Override | str | Mapping[str, Any]] = (),
     samples: int = 128,
     seqlen: int = 2048,
-    adapter: str | None = None,
+    batch_size: int | None = None,
+    max_memory: int | str | None = None,
+    seed: int = 0,
+    adapter: str | ModelAdapter | None = None,
     device: str | torch.device = "auto",
+    output: str | Path | None = None,
+    format: str | None = None,
+    probe: bool = False,
     trust_remote_code: bool = False,
     plugins: Plugins | None = None,
+    **params: Any,
 ) -> dict[str, Any]:
     """Return what `quantize` would do with a float model; no weights are read, but for a block or two by the generic adapter.
 
-    {"model_type", "adapter", "assumed", "blocks": how many, "kinds": [{"blocks": indices, "groups": …}], "quantized",
-    "float": [{"what", "weights", "why"}], "size", "size_quantized", "memory", "seconds_forward"}
+    {"model_type", "adapter", "assumed", "algorithm", "blocks": how many, "kinds": [{"blocks": indices, "groups": …}], "grids":
+    [{"grid", "linears", "weights"}], "quantized", "float": [{"what", "weights", "why"}], "size", "size_quantized", "memory",
+    "seconds_forward"}, the last two being the least it takes.
+
+    format: adds "disk": {"output", "exact", "journal"}, bytes of the weight files and of the finished blocks kept until then.
+    probe: try one block of each kind (see probe.py), which adds "seconds", "parts", "gpu_memory", "host_memory", "batches".
 
     Raises what `quantize` would raise for the model.
     """
+    started = time.perf_counter()
     plugins, place = plugins or installed(), pick_device(device)
+    config = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "explain")
+    algorithm = _algorithm(plugins, algo, params)
+    if output is not None:
+        check_output(Path(output))
     folder = ModelFolder(resolve_model(str(model), plugins))
     if folder.config.get("quantization_config"):
         check_model(nn.Module(), folder)
-    config = QuantConfig.parse({"bits": bits, "group_size": group_size}, "explain")
     network = skeleton(folder, trust_remote_code)
     check_model(network, folder)
-    chosen = find_adapter(network, FolderWeights(network, folder), plugins, place, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    seqlen = min(seqlen, _longest(network) or seqlen)
+    job = make_job(
+        network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
+        tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,
+        adapter=adapter, ranks=Ranks.alone(),
+    )  # fmt: skip
+    plan = _static(job, folder, samples * seqlen)
+    if format is not None:
+        exporter: Exporter = plugins.get("format", format)
+        check_format(job, exporter)
+        plan["disk"] = _disk(job, folder, exporter)
+        if probe:
+            opened = time.perf_counter() - started
+            scratch = None if output is None else Path(output).resolve().parent
+            tried = try_out(job, folder, exporter, samples, seqlen, scratch if scratch and scratch.is_dir() else None)
+            plan |= {**tried, "seconds": opened + tried["seconds"], "parts": {"open": opened, **tried["parts"]}}
+    return plan
+
+
+def _static(job: Job, folder: ModelFolder, tokens: int) -> dict[str, Any]:
+    """What the config and the headers of the files tell."""
+    network, linears = job.model, job.linears
     shapes = {name: shape_of(network.get_submodule(name)) for name in linears}
     quantized = sum(out * columns for name, (out, columns) in shapes.items() if linears[name] is not None)
-    dtype = compute_dtype(stored_dtype(folder), place)
     total = sum(parameter.numel() for parameter in network.parameters())
     code_bytes = sum(_quantized_bytes(*shapes[name], each) for name, each in linears.items() if each is not None)
+    grids: dict[str, dict[str, Any]] = {}
+    for name, each in linears.items():
+        if each is not None:
+            entry = grids.setdefault(str(each), {"grid": str(each), "linears": 0, "weights": 0})
+            entry["linears"] += 1
+            entry["weights"] += shapes[name][0] * shapes[name][1]
     return {
         "model_type": str(network.config.model_type),  # type: ignore[union-attr]
-        "adapter": chosen.name,
-        "assumed": list(chosen.notes),
-        "blocks": len(chosen.find_blocks(network)),
-        "kinds": _kinds(network, chosen),
+        "adapter": job.adapter.name,
+        "assumed": list(job.adapter.notes),
+        "algorithm": job.algorithm.name,
+        "blocks": len(job.blocks),
+        "kinds": _kinds(network, job.adapter),
+        "grids": list(grids.values()),
         "quantized": quantized,
-        "float": _kept_float(network, chosen, linears),
+        "float": _kept_float(network, job.adapter, linears),
         "size": folder.size(),
         "size_quantized": code_bytes + (total - quantized) * stored_dtype(folder).itemsize,
-        **_cost(network, chosen, samples * seqlen, place, dtype),
+        **_cost(network, job.adapter, tokens, job.device, job.dtype),
     }
+
+
+def _disk(job: Job, folder: ModelFolder, exporter: Exporter) -> dict[str, Any]:
+    """Bytes of the weight files, and of the journal that is there until they are."""
+    assert isinstance(job.weights, FolderWeights)
+    names = Names(job.model)
+    kinds = {name: _kind(job, name, config) for name, config in job.linears.items() if config is not None}
+    floats = {names.on_disk(n): _bytes_of(job, n) for n in job.weights.keys if n.rpartition(".")[0] not in kinds}
+    for stray in set(folder.tensors) - set(job.weights.keys.values()):
+        floats[stray] = torch.Size(folder.tensors[stray].shape).numel() * folder.tensors[stray].dtype.itemsize
+    blanks = {kind: _blank(*kind) for kind in dict.fromkeys(kinds.values())}
+    kept = {kind: _sizes(blank.to_tensors()) for kind, blank in blanks.items()}
+    journal = sum(sum(kept[kind].values()) for kind in kinds.values())
+    if not isinstance(exporter, FolderExporter):
+        codes = sum(_quantized_bytes(*kind[:2], kind[2]) for kind in kinds.values())
+        return {"output": codes + sum(floats.values()), "exact": False, "journal": journal}
+    encoded = {kind: _sizes(exporter.encode("", blank)) for kind, blank in blanks.items()}
+    biases = {kind: _sizes({"bias": blank.bias} if blank.bias is not None else {}) for kind, blank in blanks.items()}
+    sizes = [size for kind in kinds.values() for size in (*encoded[kind].values(), *biases[kind].values())]
+    expected = [*(f"{names.layer_on_disk(name)}.{n}" for name in kinds for n in range(6)), *floats]
+    return {
+        "output": _shard_bytes(exporter, expected, [*sizes, *floats.values()]),
+        "exact": type(exporter).save is FolderExporter.save,  # others choose by the values how they write
+        "journal": journal,
+    }
+
+
+_Kind = tuple[int, int, QuantConfig, torch.dtype | None]
+
+
+def _kind(job: Job, name: str, config: QuantConfig) -> _Kind:
+    """What decides the size of a linear: [out, in], its grid, and the dtype of its bias or None."""
+    linear = job.model.get_submodule(name)
+    bias = None if getattr(linear, "bias", None) is None else job.weights.dtype_of(f"{name}.bias")
+    return *shape_of(linear), config, bias
+
+
+def _blank(out: int, columns: int, config: QuantConfig, bias: torch.dtype | None) -> QuantizedWeight:
+    """A weight of a kind, all zero."""
+    groups = grid.num_groups(columns, config.group_size)
+    zeros = torch.full((out, groups), grid.symmetric_zero(config.bits), dtype=torch.int32)
+    return QuantizedWeight(
+        torch.zeros(out, columns, dtype=torch.uint8),
+        torch.ones(out, groups, dtype=torch.float16),
+        zeros,
+        grid.group_index(columns, config.group_size),
+        config,
+        None if bias is None else torch.zeros(out, dtype=bias),
+    )
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+
+
+def _bytes_of(job: Job, name: str) -> int:
+    return _get(job.model, name).numel() * job.weights.dtype_of(name).itemsize
+
+
+def _shard_bytes(exporter: FolderExporter, expected: Sequence[str], sizes: Sequence[int]) -> int:
+    """Bytes of the shards that tensors of these sizes fill one after another, with their headers."""
+    shards, filled = 1, 0
+    for size in sizes:
+        if filled and filled + size > exporter.shard_bytes:
+            shards, filled = shards + 1, 0
+        filled += size
+    return sum(sizes) + shards * (8 + ShardWriter(Path(), expected).room)
 
 
 def _quantized_bytes(out: int, columns: int, config: QuantConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ section { margin: 16px 0; overflow-x: auto }
 .maps { display: flex; flex-wrap: wrap; gap: 16px; margin: 16px 0 }
 .maps section { margin: 0; flex: 1 1 auto; max-width: 100% }
 svg { display: block }
+.plot { width: 100%; min-width: 520px }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--dim); font-weight: 500 }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
@@ -48,7 +50,7 @@ tr.best td { font-weight: 600 }
 .pairs th { width: 180px }
 .chip { display: inline-block; background: var(--chip); border-radius: 6px; padding: 0 8px; margin: 0 4px 4px 0 }
 i { font-style: normal; color: var(--dim) }
-td, code { overflow-wrap: anywhere }
+.pairs td { overflow-wrap: anywhere }
 svg text { font: 11px system-ui, sans-serif; fill: var(--dim) }
 summary { cursor: pointer; font-weight: 600 }
 @media (max-width: 600px) {
@@ -128,8 +130,11 @@ def compare_page(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draw what `reporting.compare` found: a table, and a plot of quality against size."""
     parts = ["<h1>Quantized variants</h1>", '<p class="dim">best first</p>', _section("Table", comparison_table(rows))]
     quality = _quality(rows)
-    if quality:
-        parts.append(_section(f"{quality} against size", scatter(rows, quality)))
+    drawn = [row for row in rows if quality and math.isfinite(row[quality])]
+    if quality and drawn:
+        parts.append(
+            _section(f"{QUALITY[quality]} against size: lower and further left is better", scatter(drawn, quality))
+        )
     return _page("Quantized variants", parts)
 
 
@@ -173,8 +178,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+#: what variants are drawn by, the first that was measured
+QUALITY = {"kl": "KL divergence", "perplexity": "Perplexity"}
+
+
 def _quality(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    return next((name for name in ("kl", "perplexity") if rows and name in rows[0]), None)
+    return next((name for name in QUALITY if rows and name in rows[0]), None)
 
 
 def heat_map(layers: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
@@ -217,37 +226,43 @@ def _legend(x: int, height: int, low: float, high: float, form: str) -> list[str
 
 def scatter(rows: Sequence[Mapping[str, Any]], quality: str) -> str:
     """An SVG of size (x) against quality (y), both lower the better."""
-    width, height, left, bottom = 820, 320, 70, 40
-    sizes, marks = [row["size"] / 1e6 for row in rows], [float(row[quality]) for row in rows]
-    low_x, high_x = _span(sizes)
-    low_y, high_y = _span(marks)
-    parts = [f'<svg role="img" aria-label="{_text(quality)} against size" viewBox="0 0 {width} {height}" width="100%">']
-    for tick in range(5):
-        y, value = 10 + (height - bottom - 10) * tick / 4, high_y - (high_y - low_y) * tick / 4
-        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:.4g}</text>')
-        x, size = left + (width - left - 10) * tick / 4, low_x + (high_x - low_x) * tick / 4
-        anchor = "end" if tick == 4 else "middle"
-        parts.append(f'<text x="{x}" y="{height - 18}" text-anchor="{anchor}">{size:.4g}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">MB</text>')
-    for row, size, mark in zip(rows, sizes, marks, strict=True):
-        x = left + (width - left - 10) * (size - low_x) / (high_x - low_x)
-        y = 10 + (height - bottom - 10) * (high_y - mark) / (high_y - low_y)
-        name = Path(str(row["name"])).name
-        beyond = x > width - 160
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="var(--mark)"><title>{_text(name)}</title></circle>'
-        )
-        parts.append(f'<text x="{x + (-10 if beyond else 10):.1f}" y="{y + 4:.1f}" '
-                     f'text-anchor="{"end" if beyond else "start"}">{_text(name)}</text>')  # fmt: skip
+    width, height, left, bottom = 820, 340, 60, 40
+    x_ticks, y_ticks = ticks([row["size"] / 1e6 for row in rows]), ticks([float(row[quality]) for row in rows])
+
+    def across(size: float) -> float:
+        return left + (width - left - 20) * (size - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def down(mark: float) -> float:
+        return 10 + (height - bottom - 10) * (y_ticks[-1] - mark) / (y_ticks[-1] - y_ticks[0])
+
+    parts = [f'<svg role="img" aria-label="{_text(quality)} against size" viewBox="0 0 {width} {height}" class="plot">']
+    for tick in y_ticks:
+        at = f"{down(tick):.1f}"
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{at}" y2="{at}" stroke="var(--line)"/>')
+        parts.append(f'<text x="{left - 8}" y="{at}" dy="4" text-anchor="end">{tick:g}</text>')
+    for tick in x_ticks:
+        parts.append(f'<text x="{across(tick):.1f}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{(left + width - 20) / 2}" y="{height - 4}" text-anchor="middle">MB</text>')
+    for row in rows:
+        x, y, name = across(row["size"] / 1e6), down(float(row[quality])), _text(Path(str(row["name"])).name)
+        side, anchor = (-9, "end") if x > width - 160 else (9, "start")
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="var(--mark)"><title>{name}</title></circle>')
+        parts.append(f'<text x="{x + side:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    """A range a little wider than the values, never empty."""
+def ticks(values: Sequence[float], most: int = 5) -> list[float]:
+    """Round numbers, evenly spaced, that values >= 0 lie between.
+
+    >>> ticks([0.001, 1.01])
+    [0.0, 0.5, 1.0, 1.5]
+    """
     low, high = min(values), max(values)
-    margin = (high - low) * 0.1 or abs(high) * 0.1 or 1.0
-    return max(0.0, low - margin), high + margin
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
+    first, last = max(0, math.floor((low - span / 20) / step)), math.ceil((high + span / 20) / step)
+    return [round(index * step, 12) for index in range(first, last + 1)]
 
 
 def color(share: float) -> str:
@@ -351,13 +366,14 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     quality = _quality(rows) or "bits"
     figure = _figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    rows = [row for row in rows if math.isfinite(row[quality])]
     axes.scatter([row["size"] / 1e6 for row in rows], [row[quality] for row in rows])
     for row in rows:
         axes.annotate(
             Path(str(row["name"])).name, (row["size"] / 1e6, row[quality]), (6, 4), textcoords="offset points"
         )
     axes.margins(x=0.2, y=0.1)
-    axes.set(xlabel="MB", ylabel=quality)
+    axes.set(xlabel="MB", ylabel=QUALITY.get(quality, "bits per weight"))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
 

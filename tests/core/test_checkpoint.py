@@ -192,6 +192,7 @@ def test_what_the_writer_writes_safetensors_reads(tmp_path_factory, seed, count,
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()
+    writer.settle()
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
@@ -209,6 +210,7 @@ def test_shards_keep_the_order_stay_below_the_limit_and_are_indexed(tmp_path):
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()
+    writer.settle()
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     order = [name for file in files for name in sorted(load_file(tmp_path / file), key=list(tensors).index)]
@@ -223,6 +225,7 @@ def test_a_tensor_larger_than_the_limit_gets_a_shard_of_its_own(tmp_path):
     for name, size in (("a", 10), ("b", 1000), ("c", 10)):
         writer.add(name, torch.zeros(size))
     writer.close()
+    writer.settle()
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
@@ -234,6 +237,7 @@ def test_equal_content_gives_equal_bytes_and_data_is_aligned(tmp_path):
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.close()
+        writer.settle()
     data = (tmp_path / "one" / SINGLE).read_bytes()
     assert data == (tmp_path / "two" / SINGLE).read_bytes()
     header = int.from_bytes(data[:8], "little")

@@ -16,7 +16,7 @@ CORE = Path(qcore.__file__).parent
 
 #: each file imports only from those above it
 ORDER = [
-    "errors", "config", "grid", "packing", "weight", "algorithm", "adapter", "backend", "exporter", "target", "hookspecs",
+    "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
     "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "blocks", "run", "evaluation", "fast", "api", "cli", "testing",
 ]  # fmt: skip
 

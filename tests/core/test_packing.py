@@ -62,3 +62,14 @@ def test_transposed_and_strided_tensors_pack_like_their_copies(bits):
 
 def test_unused_bits_of_the_last_word_are_zero():
     assert pack(torch.tensor([7, 7, 7]), 3).tolist() == [0b111111111]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_tensors_longer_than_a_piece_and_off_the_grain_of_memory_pack_alike(bits):
+    codes = (torch.arange(320_001) * 7 % 2**bits).to(torch.uint8)[1:].reshape(2, -1)
+    assert torch.equal(unpack(pack(codes, bits), bits, 160_000), codes)
+    assert torch.equal(pack(codes, bits)[1], pack(codes[1].clone(), bits))
+    column = torch.full((8, 8), -1, dtype=torch.int32)[:, 3:4]
+    codes = torch.full((8, 32 // bits), 2**bits - 1).byte()
+    assert torch.equal(unpack(column, bits, 32 // bits), codes)
+    assert torch.equal(unpack(column[:1], bits, 32 // bits), codes[:1])

@@ -18,12 +18,13 @@ def llamacpp(folder, prompts, count):
     params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
-    found = []
+    found, top = [], []
     for prompt in prompts:
-        request = {"prompt": prompt, "max_tokens": count, "temperature": 0.0, "n_probs": 1, "ignore_eos": True}
-        answer = server.handle_completions(request)
-        found.append([token["id"] for token in answer["choices"][0]["logprobs"]["content"]])
-    return found, xllamacpp.__version__ if hasattr(xllamacpp, "__version__") else ""
+        request = {"prompt": prompt, "max_tokens": count, "temperature": 0.0, "n_probs": 6, "ignore_eos": True}
+        tokens = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        found.append([token["id"] for token in tokens])
+        top.append([{each["id"]: each["logprob"] for each in token["top_logprobs"]} for token in tokens])
+    return found, xllamacpp.__version__, {"top": top}
 
 
 def vllm(folder, prompts, count):
@@ -33,16 +34,19 @@ def vllm(folder, prompts, count):
     import vllm as library
 
     model = library.LLM(model=folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, max_num_seqs=2)
-    sampling = library.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
-    return [list(answer.outputs[0].token_ids) for answer in answers], library.__version__
+    sampling = library.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=6)
+    answers = [
+        answer.outputs[0] for answer in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    ]
+    top = [[{token: each.logprob for token, each in place.items()} for place in answer.logprobs] for answer in answers]
+    return [list(answer.token_ids) for answer in answers], library.__version__, {"top": top}
 
 
 def gptqmodel(folder, prompts, count):
     import gptqmodel as library
 
     model = library.GPTQModel.load(folder, device="cpu", backend=library.BACKEND.TORCH)
-    return _greedy(model.model, prompts, count), library.__version__
+    return _greedy(model.model, prompts, count), library.__version__, {}
 
 
 def transformers(folder, prompts, count):
@@ -50,7 +54,7 @@ def transformers(folder, prompts, count):
     import transformers as library
 
     model = library.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
-    return _greedy(model, prompts, count), library.__version__
+    return _greedy(model, prompts, count), library.__version__, {}
 
 
 def _greedy(model, prompts, count):
@@ -67,5 +71,5 @@ def _greedy(model, prompts, count):
 
 if __name__ == "__main__":
     name, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    tokens, version = globals()[name](folder, json.load(sys.stdin), count)
-    print("RESULT " + json.dumps({"tokens": tokens, "version": version}))
+    tokens, version, more = globals()[name](folder, json.load(sys.stdin), count)
+    print("RESULT " + json.dumps({"tokens": tokens, "version": version, **more}))

@@ -1,8 +1,11 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import qcore
 from qcore import CheckpointError, Content, Exporter, LayerSpec, QuantConfig, cli
@@ -190,8 +193,6 @@ def test_the_command_converts_and_tells(folders, tmp_path):
 
 
 def test_a_manifest_tells_a_changed_file(folders, tmp_path):
-    import subprocess
-
     plain = qcore.convert(folders(4), tmp_path / "plain", "gptq")
     assert qcore.inspect(plain)["manifest"] is None
     target = qcore.convert(folders(4), tmp_path / "out", "gptq", manifest=True)
@@ -208,3 +209,58 @@ def test_a_manifest_tells_a_changed_file(folders, tmp_path):
     (target / "SHA256SUMS").write_text("0  ../../etc/passwd\n")
     with pytest.raises(CheckpointError, match="which is no file in the folder"):
         qcore.inspect(target)
+
+
+@pytest.mark.parametrize("name", ["gptq", "autoround", "hf-dequantized"])
+def test_weight_files_stay_below_the_size_asked_for_and_are_indexed(folders, tmp_path, name):
+    source = folders(4)
+    target = qcore.convert(source, tmp_path / "out", name, shard_bytes=60_000)
+    files = sorted(target.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 60_000 + 50_000 for file in files)  # and a header
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    whole = qcore.convert(source, tmp_path / "whole", name)
+    found = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    expected = load_file(whole / "model.safetensors")
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+@pytest.mark.parametrize(("format", "size", "says"), [("gguf", 10**6, "is one file"), ("gptq", 0, "a number of bytes")])
+def test_a_size_of_shards_that_cannot_be_is_refused(folders, tmp_path, format, size, says):
+    with pytest.raises(qcore.ConfigError, match=says):
+        qcore.convert(folders(4), tmp_path / "out", format, shard_bytes=size)
+
+
+CONVERT_DEEP = """
+import resource, sys, qcore
+from pathlib import Path
+from qcore import Content, LayerSpec, QuantConfig
+from qcore.plugins import installed
+from qcore.testing import random_weight
+
+count, home = int(sys.argv[1]), Path(sys.argv[2])
+weight = random_weight(1024, 4096, QuantConfig(bits=4, group_size=128))
+names = [f"model.layers.{n}.mlp.down_proj" for n in range(count)]
+specs = {name: LayerSpec(name, weight.config, 4096, 1024) for name in names}
+(home / "a").mkdir()
+content = Content({"model_type": "llama"}, specs, lambda name: weight, (), {}.__getitem__)
+installed().get("format", "gptq").save(content, home / "a")
+qcore.convert(home / "a", home / "b", "awq")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_converting_takes_the_memory_of_a_few_layers_whatever_the_depth(tmp_path):
+    """Layers of 4 MB unpacked: 60 of them would be 240 MB, and 120 MB packed."""
+
+    def peak(count):
+        home = tmp_path / str(count)
+        home.mkdir()
+        command = [sys.executable, "-c", CONVERT_DEEP, str(count), str(home)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
+
+    shallow, deep = peak(4), peak(64)
+    assert deep - shallow < 30, (shallow, deep)

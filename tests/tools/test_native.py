@@ -25,8 +25,10 @@ def gptq(llama_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2", "awq", "autoround", "compressed-tensors"])
-def test_from_pretrained_answers_as_qcore_load_does(as_before, gptq, tmp_path, tokens, format):
+def test_from_pretrained_answers_as_qcore_load_does(as_before, monkeypatch, gptq, tmp_path, tokens, format):
     folder = gptq if format == "gptq" else qcore.convert(gptq, tmp_path / "out", format)
+    for package in ("gptqmodel", "optimum", "auto_round", "compressed_tensors"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails, as where it is not installed
     served = qcore.use_in_transformers(backend="torch_reference")
     assert {"gptq", "awq", "auto-round", "compressed-tensors"} <= set(served)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -124,8 +124,24 @@ def test_a_comparison_is_a_table_and_a_plot():
     assert len(marks) == 2
     assert float(marks[0]["cx"]) > float(marks[1]["cx"])  # larger, to the right
     assert float(marks[0]["cy"]) > float(marks[1]["cy"])  # better, lower
+    beyond = {**ROWS[0], "kl": float("inf")}
+    marks = [tag for tag, _ in Balanced(page.compare_page([*ROWS, beyond])).tags if tag == "circle"]
+    assert len(marks) == 2  # what has no finite figure stands in the table alone
     bare = [{key: row[key] for key in ("name", "algorithm", "format", "bits", "size")} for row in ROWS]
     assert "circle" not in [tag for tag, _ in Balanced(page.compare_page(bare)).tags]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([110.0, 169.0], [100, 120, 140, 160, 180]),
+        ([5.0], [4, 5, 6]),
+        ([0.0], [0, 0.2]),
+        ([1e5, 3e6], [0, 1e6, 2e6, 3e6, 4e6]),
+    ],
+)
+def test_axes_have_round_numbers(values, expected):
+    assert page.ticks(values) == expected
 
 
 def test_plots_are_written_as_png(folder, tmp_path):

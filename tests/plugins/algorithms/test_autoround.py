@@ -1,6 +1,10 @@
 """What a user of AutoRound may rely on: each option does what it says, whatever the recipe."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -563,3 +567,56 @@ def test_a_block_that_cannot_start_is_named():
 def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so():
     assert "no native bfloat16, computed in float32" in layers_of(quantize(iters=2, amp=True))["blocks.0.left"]["note"]
     assert "note" not in layers_of(quantize(iters=2))["blocks.0.left"]
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+import qcore
+from qcore import blocks
+from qcore.testing import TinyModel, tiny_tokens
+
+rank, count, port = map(int, sys.argv[1:])
+if count > 1:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+seen, forward = [], blocks.Block.forward
+
+def spy(self, hidden, kwargs, weights=None, **options):
+    if weights is not None and torch.is_grad_enabled():
+        seen.append(len(hidden))
+    return forward(self, hidden, kwargs, weights, **options)
+
+blocks.Block.forward = spy
+torch.manual_seed(rank)
+model = qcore.quantize(TinyModel(depth=2), "autoround", bits=3, group_size=32, calibration=tiny_tokens(16), iters=20, bs=4)
+codes = torch.cat([m.weight_source().codes.flatten() for m in model.modules() if isinstance(m, qcore.QuantLinear)])
+loss = qcore.report(model)["layers"][-1]
+print(len(seen), *sorted(set(seen)), int((codes.long() * torch.arange(len(codes))).sum()), loss["loss"] / loss["loss_before"])
+"""
+
+
+def shared(count: int) -> list[list[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(rank), str(count), str(port)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=600) for process in started]
+    assert all(process.returncode == 0 for process in started), outputs
+    return [output.split() for output, _ in outputs]
+
+
+def test_processes_share_each_batch_and_end_with_the_same_codes():
+    ((steps, size, _, alone),) = shared(1)
+    assert (steps, size) == ("40", "4")
+    first, second = shared(2)
+    assert first == second
+    assert first[:2] == ["40", "2"]
+    assert float(first[3]) == pytest.approx(float(alone), rel=0.15)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qcore
-from qcore import CheckpointError, LayerSpec, QcoreError, QuantConfig, QuantizedWeight, grid
-from qcore.plugins import installed
+from qcore import CheckpointError, LayerSpec, QcoreError, QuantConfig, QuantizedWeight, grid, testing
+from qcore.plugins import Plugins, installed
 from qcore.testing import check_exporter, random_weight, tiny_transformer
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -78,13 +80,15 @@ def open_all(folder):
     return True
 
 
-AWQ, AUTOROUND, CT, DENSE = (
-    installed().get("format", name) for name in ("awq", "autoround", "compressed-tensors", "hf-dequantized")
+AWQ, AUTOROUND, CT, DENSE, ITREX = (
+    installed().get("format", name) for name in ("awq", "autoround", "compressed-tensors", "hf-dequantized", "itrex")
 )
 
 
 @pytest.mark.parametrize(
-    ("exporter", "held"), [(AWQ, 4), (AUTOROUND, 20), (CT, 20), (DENSE, 30)], ids=lambda e: getattr(e, "name", e)
+    ("exporter", "held"),
+    [(AWQ, 4), (AUTOROUND, 20), (CT, 20), (DENSE, 30), (ITREX, 12)],
+    ids=lambda e: getattr(e, "name", e),
 )
 def test_conforms(exporter, held, tmp_path):
     assert check_exporter(exporter, tmp_path) == held
@@ -246,6 +250,46 @@ def test_autoround_knows_the_names_that_versions_gave_their_layouts(tmp_path, wr
     assert AUTOROUND.open(folder).weight(LAYER).equal(weight)
 
 
+def itrex_words(codes, bits):
+    """Codes [rows, n] as auto-round packs them, word by word: 32 // bits to a word, the lowest bits first."""
+    per_word = 32 // bits
+    words = torch.zeros(codes.shape[0], -(-codes.shape[1] // per_word), dtype=torch.int64)
+    for j in range(codes.shape[1]):
+        words[:, j // per_word] |= (codes[:, j].long() & 2**bits - 1) << bits * (j % per_word)
+    return words.numpy().astype(np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_itrex_is_packed_as_auto_round_did_with_zero_stored_as_ones(tmp_path, bits):
+    weight = plain_weight(bits, sym=False)
+    weight.zeros[3, 1] = 0
+    folder = save(ITREX, {LAYER: weight}, tmp_path / "out")
+    found = load_file(folder / "model.safetensors")
+    assert np.array_equal(found[f"{LAYER}.qweight"].numpy(), itrex_words(weight.codes, bits).T)
+    assert np.array_equal(found[f"{LAYER}.qzeros"].numpy(), itrex_words(weight.zeros.t() - 1, bits))
+    assert torch.equal(found[f"{LAYER}.scales"], weight.scales.t())
+    exporter, again = qcore.api.open_content(folder)
+    assert exporter is ITREX
+    assert again.weight(LAYER).equal(weight)
+
+
+@pytest.mark.parametrize("scale_dtype", ["torch.float32", "fp16"])
+def test_itrex_of_auto_round_0_1_is_read_with_its_biases_of_zeros(tmp_path, scale_dtype):
+    weight = plain_weight(4)
+    folder = save(ITREX, {LAYER: weight}, tmp_path / "out")
+    written = {
+        "bits": 4, "group_size": 32, "scale_dtype": scale_dtype, "sym": True, "quant_method": "gptq", "model_name_or_path": None,
+        "model_file_base_name": "model", "enable_minmax_tuning": True, "iters": 200, "lr": 0.005, "minmax_lr": 0.005,
+        "use_quant_input": True, "damp_percent": 0.01, "desc_act": False, "true_sequential": False,
+    }  # fmt: skip
+    change(folder, lambda t: t.update({f"{LAYER}.bias": torch.zeros(32)}), lambda c: (c.clear(), c.update(written)))
+    exporter, again = qcore.api.open_content(folder)
+    assert exporter is ITREX
+    read = again.weight(LAYER)
+    assert torch.equal(read.dequantize(), weight.dequantize())
+    assert not read.bias.any()
+
+
 def mixed():
     layers = {f"model.layers.{i}.mlp.up_proj": plain_weight(4) for i in range(3)}
     layers["model.layers.1.mlp.up_proj2"] = plain_weight(8)
@@ -309,6 +353,8 @@ def test_awq_refuses_mixed_grids(tmp_path):
         (AWQ, {"bits": 4, "group_size": 48}, 32, 64, "groups of 48 do not divide in_features 64"),
         (AUTOROUND, {"bits": 3}, 24, 64, "out_features 24 x 3 bits is no whole number"),
         (AUTOROUND, {"bits": 4, "sym": False}, 12, 64, "out_features 12 x 4 bits is no whole number"),
+        (ITREX, {"bits": 3}, 32, 64, "3 bits; qcore writes 2, 4, 8"),
+        (ITREX, {"bits": 4, "group_size": 64}, 32, 64, "groups of 64; its config allows -1, 32, 128"),
         (CT, {"bits": 4, "group_size": 48}, 32, 64, "groups of 48 do not divide in_features 64"),
     ],
 )
@@ -336,6 +382,7 @@ def test_zero_points_beyond_the_format_are_refused(exporter, value, tmp_path):
 GOLDEN = {
     ("awq", 4, False): "9b6ad1daa2b69e5295cf408196dedfa9b0cb13a97256d985933892c52995f203",
     ("autoround", 2, False): "4ccbf873c8a7233e0539485e73181751348c365a4a62fbbe62536d8766769e7f",
+    ("itrex", 4, False): "9c5cbdeefcea8fc68ae64338593e325ffe2758b8311a831600f73ef19704386b",
     ("compressed-tensors", 4, True): "b8c97c849e427573732d046b516e544194629cf7eb395fac528f71b2323a48a3",
     ("compressed-tensors", 3, False): "b02a03ee994c8734bf2088477539912b9ccf48f3f77560cce87013016f22110c",
 }
@@ -460,3 +507,38 @@ def test_dequantized_folders_are_opened_by_transformers_with_equal_logits(tmp_pa
     with torch.no_grad():
         logits, wanted = model(tokens[0][None]).logits, expected(tokens[0][None]).logits
     assert float((logits - wanted).abs().max() / wanted.abs().max()) < {torch.float32: 1e-4}.get(dtype, 2e-2)
+
+
+@pytest.fixture
+def signed(tmp_path, monkeypatch):
+    """The exporter of docs/formats.md, loaded as a plugin, and its plugins."""
+    page = (Path(__file__).parents[3] / "docs/formats.md").read_text(encoding="utf-8")
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "acme_signed.py" in block)
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 30
+    monkeypatch.setenv("ACME_KEY", "secret")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins = Plugins([testing.entry_point(tmp_path, "acme_signed", source, "acme")], disabled=(), only=None)
+    return plugins.get("format", "acme-signed"), plugins
+
+
+def test_a_format_with_a_signed_manifest_round_trips_and_refuses_what_was_not_signed(signed, tmp_path, monkeypatch):
+    exporter, plugins = signed
+    (tmp_path / "check").mkdir()
+    assert check_exporter(exporter, tmp_path / "check") > 0
+    weight = random_weight(32, 64, QuantConfig(bits=8, group_size=-1), bias=True)
+    folder = save(exporter, {LAYER: weight}, tmp_path / "out")
+    found, content_ = qcore.api.open_content(folder, plugins)
+    assert found is exporter
+    assert content_.weight(LAYER).equal(weight)
+    monkeypatch.setenv("ACME_KEY", "another")
+    with pytest.raises(CheckpointError, match="is not signed by Acme"):
+        exporter.open(folder)
+    monkeypatch.setenv("ACME_KEY", "secret")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file that SHA256SUMS was written for"):
+        exporter.open(folder)
+    (folder / "signature").unlink()
+    with pytest.raises(CheckpointError, match="is not signed by Acme"):
+        exporter.open(folder)

@@ -1,10 +1,11 @@
 """Damaged files of every format: only qcore's own errors may come of them, quickly and without a huge allocation.
 
-The damage is drawn from a seeded generator, 1,000 cases for each format: bytes changed, files cut, numbers made wild, JSON values
+The damage is drawn from a seeded generator, 1,000 cases for each format (QCORE_FUZZ_CASES for more): bytes changed, files cut, numbers made wild, JSON values
 replaced. What still opens must hold well-formed weights.
 """
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -13,12 +14,12 @@ import time
 import pytest
 import torch
 
-from qcore import Content, LayerSpec, QcoreError, QuantConfig
+from qcore import Content, LayerSpec, ModelFolder, QcoreError, QuantConfig
 from qcore.api import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight
 
-CASES = 1000
+CASES = int(os.environ.get("QCORE_FUZZ_CASES", "1000"))
 NAMES = [f"model.layers.0.{part}" for part in ("self_attn.q_proj", "mlp.up_proj")]
 CONFIG = {
     "model_type": "llama", "vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -26,7 +27,7 @@ CONFIG = {
 }  # fmt: skip
 FORMATS = [
     ("gptq", 4, True), ("gptq_v2", 3, False), ("awq", 4, False), ("autoround", 4, True), ("autoround", 2, False),
-    ("compressed-tensors", 4, False), ("gguf", 4, True), ("gguf", 5, False),
+    ("compressed-tensors", 4, False), ("gguf", 4, True), ("gguf", 5, False), ("itrex", 4, False),
 ]  # fmt: skip
 WILD = [
     None,
@@ -131,6 +132,22 @@ def test_a_thousand_damaged_folders_give_errors_of_ours_or_weights(tmp_path, nam
     assert 0 < opened < CASES * 0.9  # both happen: some damage does no harm, most does
     assert slowest < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
+
+
+def test_a_thousand_damaged_float_folders_give_errors_of_ours_or_tensors(tmp_path):
+    """What hf-dequantized writes is read as a float model."""
+    folder, opened = small_folder(tmp_path / "damaged", "hf-dequantized", 4, True), 0
+    draw = random.Random("float")
+    for _ in range(CASES):
+        path, original = damage(folder, draw)
+        try:
+            found = ModelFolder(folder)
+            assert all(found.tensor(name).numel() < 2**16 for name in found.tensors)
+            opened += 1
+        except QcoreError:
+            pass
+        path.write_bytes(original)
+    assert 0 < opened < CASES
 
 
 @pytest.mark.parametrize(("name", "bits", "sym"), FORMATS)

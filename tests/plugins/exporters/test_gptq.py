@@ -202,6 +202,53 @@ def test_a_folder_of_old_autogptq_is_read_from_its_side_file(llama_folder, tmp_p
     assert qcore.load(folder).model.layers[0].mlp.up_proj.config == QuantConfig(bits=4, group_size=32)
 
 
+def test_shards_named_by_autogptq_are_found_by_their_own_index(llama_folder, tmp_path, monkeypatch, tokens):
+    monkeypatch.setattr(type(V1), "shard_bytes", 50_000)
+    folder = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out")
+    expected = qcore.load(folder)(tokens[0][None]).logits
+    index, base = json.loads((folder / "model.safetensors.index.json").read_text()), "gptq_model-4bit-32g"
+    names = {name: name.replace("model-", f"{base}-") for name in index["weight_map"].values()}
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    index["weight_map"] = {tensor: names[file] for tensor, file in index["weight_map"].items()}
+    (folder / f"{base}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").unlink()
+    assert torch.equal(qcore.load(folder)(tokens[0][None]).logits, expected)
+
+
+@pytest.mark.parametrize("version", ["marlin", "gptq_v3", "bitblas", 3, None])
+def test_an_unknown_version_of_the_format_is_refused_by_name(tmp_path, version):
+    folder = save(V1, {LAYER: plain_weight(4)}, tmp_path / "out")
+    rewrite(folder, config=lambda found: found.update(checkpoint_format=version))
+    with pytest.raises(CheckpointError, match=f"checkpoint_format is {version!r}; qcore reads gptq and gptq_v2"):
+        qcore.load(folder)
+
+
+def test_a_bias_of_zeros_that_the_model_does_not_have_changes_nothing(llama_folder, tmp_path, tokens):
+    """GPTQ-for-LLaMa and early AutoGPTQ kept one for every linear."""
+    folder = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out")
+    expected = qcore.load(folder)(tokens[0][None]).logits
+
+    def add(tensors):
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            tensors[name.replace(".scales", ".bias")] = torch.zeros(tensors[name].shape[1], dtype=torch.float16)
+
+    rewrite(folder, tensors=add)
+    assert torch.equal(qcore.load(folder)(tokens[0][None]).logits, expected)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_desc_act_is_told_by_g_idx_and_not_by_the_label(tmp_path, said):
+    """AutoGPTQ says desc_act for static groups, whose g_idx is in order; others forgot to say it."""
+    for act_order in (True, False):
+        weight = random_weight(32, 64, QuantConfig(bits=4, group_size=32), act_order=act_order)
+        folder = save(V1, {LAYER: weight}, tmp_path / f"{act_order}")
+        rewrite(folder, config=lambda found: found.update(desc_act=said))
+        again = V1.open(folder)
+        assert again.layers[LAYER].act_order == act_order
+        assert again.weight(LAYER).equal(weight)
+
+
 def test_two_configs_that_contradict_each_other_are_refused(tmp_path):
     folder = save(V1, {LAYER: plain_weight(4)}, tmp_path / "out")
     side = json.loads((folder / "quantize_config.json").read_text())

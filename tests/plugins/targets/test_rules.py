@@ -2,7 +2,7 @@ import pytest
 
 from qcore import LayerSpec, QuantConfig, Subject
 from qcore.plugins import installed
-from qcore.testing import check_target
+from qcore.testing import check_target, random_weight
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024), "self_attn.v_proj": (4096, 1024),
@@ -97,3 +97,29 @@ def test_every_finding_says_where_it_comes_from_and_every_snippet_takes_a_folder
         refuses = ("refuses", "format") in outcome(target, subject(format))
         assert (snippet is None) == refuses, format
         assert snippet is None or "{folder}" in snippet
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "missing"),
+    [
+        ("gptq", {"bits": 4, "group_size": 128, "sym": True}, "has no desc_act"),
+        ("gptq_v2", {"bits": 4, "group_size": 128, "desc_act": False}, "has no sym"),
+        ("awq", {"w_bit": 4, "q_group_size": 128}, "has no zero_point"),
+        ("awq", {"w_bit": 4, "q_group_size": 128, "zero_point": True}, None),
+        ("gptq", {}, None),
+    ],
+)
+def test_config_keys_that_vllm_asks_for(format, config, missing):
+    findings = installed().get("target", "vllm").check(subject(format, config={"quantization_config": config}))
+    found = [each.message for each in findings if each.rule == "config keys"]
+    assert [missing in message for message in found] == ([True] if missing else [])
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+@pytest.mark.parametrize(("low", "format", "refused"), [(0, "gptq", True), (1, "gptq", False), (0, "gptq_v2", False)])
+def test_zero_points_that_v1_readers_disagree_about(target, low, format, refused):
+    weight = random_weight(32, 256, QuantConfig(bits=4, group_size=128, sym=False))
+    weight.zeros[3, 1] = low
+    layer = {"m": LayerSpec("m", weight.config, 256, 32)}
+    judged = Subject(format, {}, layer, installed().get("target", target).options, lambda name: weight)
+    assert (("refuses", "zero range") in outcome(target, judged)) is refused
