@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, hookimpl
+from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, hookimpl, speed_at
 
 from ..native import Native
 from . import cuda_library as builds
@@ -187,6 +187,11 @@ torch.library.register_autograd("qcore::exllama_matmul", _backward, setup_contex
 # ---- the backend ---------------------------------------------------------------------------------------------------
 
 
+#: times as fast as fp16 torch.matmul by tokens: 4096 -> 11008, 4 bits in order, group 128, on an H200
+SPEEDS = {1: 1.77, 2: 1.45, 4: 0.81, 8: 0.51, 16: 0.30, 32: 0.16}
+MEASURED_ON = (9, 0)  # the compute capability
+
+
 class ExllamaBackend(Backend):
     """Serves 4 bits and float16 on NVIDIA GPUs from sm_80."""
 
@@ -227,6 +232,11 @@ class ExllamaBackend(Backend):
         if spec.out_features > 1 << 24 or spec.in_features > 1 << 19:
             return f"serves weights up to 2^24 x 2^19, this one has {spec.out_features} x {spec.in_features}"
         return None
+
+    def speed(self, spec: MatmulSpec) -> float | None:
+        """As measured on Hopper, for columns in order."""
+        here = torch.cuda.get_device_capability(spec.device) == MEASURED_ON
+        return speed_at(SPEEDS, spec.tokens) if here and not spec.act_order else None
 
     def prepare(self, weight: QuantizedWeight, spec: MatmulSpec) -> dict[str, Tensor]:
         """Sort columns by group and lay codes, scales and zeros out as the kernel reads them.
