@@ -1,6 +1,7 @@
 """What a user of GPTQ may rely on, whatever its recipe."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,8 +188,12 @@ class WithIdle(TinyModel):
         self.blocks[0].idle = nn.Linear(64, 64).requires_grad_(False)
 
 
+#: a declaration that promises it all the same
+IDLE = replace(TinyModel.adapter, linear_groups=(*TinyModel.adapter.linear_groups, ("idle",)))
+
+
 def test_a_linear_that_no_token_reaches_is_rounded_and_said_so():
-    model = qcore.quantize(WithIdle(), "gptq", group_size=32, calibration=tiny_tokens(), adapter="generic")
+    model = qcore.quantize(WithIdle(), "gptq", group_size=32, calibration=tiny_tokens(), adapter=IDLE)
     notes = notes_of(model)
     assert "no calibration token" in notes["blocks.0.idle"]
     assert notes["blocks.0.left"] == ""

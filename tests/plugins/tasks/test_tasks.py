@@ -323,4 +323,4 @@ def test_lm_evaluation_harness_scores_a_quantized_model(llama_folder, harness_ta
     command = ["eval", str(out), "--task", "lm_eval:qcore_local", "--set", f"include_path={folder}"]
     found = CliRunner().invoke(cli.cli, [*command, "--set", "include_defaults=false", "--json"], catch_exceptions=False)
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout)["qcore_local/acc"] == pytest.approx(expected)
+    assert json.loads(found.stdout)["lm_eval:qcore_local"]["qcore_local/acc"] == pytest.approx(expected)
