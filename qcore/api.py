@@ -683,6 +683,8 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
     floats = set(content.tensors)
     quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)
     records = {record["name"]: record for record in content.provenance.get("layers", [])}
+    order = {name: number for number, name in enumerate(records)}  # as they ran, where that is known
+    names = sorted(content.layers, key=lambda name: order.get(name, len(order)))
     with disk_errors(f"reading {path}"):
         size = files.size()
     return {
@@ -692,7 +694,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "size_float16": 2 * (weights + sum(torch.Size(files.tensors[name].shape).numel() for name in floats)),
         "quantized_weights": weights,
         "bits_per_weight": 8 * quantized_bytes / weights if weights else None,
-        "layers": [{**_plain_record(layer), **records.get(name, {})} for name, layer in content.layers.items()],
+        "layers": [{**_plain_record(content.layers[name]), **records.get(name, {})} for name in names],
         "float_tensors": sorted(floats),
         "provenance": {key: value for key, value in content.provenance.items() if key != "layers"},
         "notes": list(content.notes),

@@ -245,6 +245,8 @@ def test_inspect_describes_a_folder(llama_folder, tmp_path):
     # 3 bits, and for each 32 weights 16 bits of scale and 3 of zero, and 32 bits of g_idx per column of 32 to 96 rows
     assert 3.6 < found["bits_per_weight"] < 4.6
     assert {layer["bits"] for layer in found["layers"]} == {3}
+    ran = [layer["name"].rpartition(".")[2] for layer in found["layers"]][:7]
+    assert ran == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert "model.embed_tokens.weight" in found["float_tensors"]
     assert found["provenance"]["algorithm"] == "rtn"
     json.dumps(found)
