@@ -17,6 +17,7 @@ from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hook
 
 from .. import cpu_library
 from .columns import layout, packed_group_size
+from .ops import define_product
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C ABI numbers them
 TILE, BLOCK = 16, 32  # outputs and columns that lie together
@@ -34,22 +35,9 @@ def _sizes(bits: int, n: int, k: int, group_size: int, asym: bool) -> tuple[int,
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("qcore", "FRAGMENT")  # not custom_op: its wrapper takes longer than a small product
 _ARGUMENTS = (
     "Tensor packed, Tensor meta, Tensor perm, int bits, int group_size, bool asym, int in_features, int out_features"
 )
-
-
-def _define(name: str, first: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function the op qcore::NAME(first, *_ARGUMENTS)."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        schema = f"{name}(Tensor {first}, {_ARGUMENTS}) -> Tensor"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return function
-
-    return register
 
 
 def _check(
@@ -78,7 +66,6 @@ def _pointer(perm: Tensor) -> int | None:
     return perm.data_ptr() if perm.numel() else None
 
 
-@_define("cpu_matmul", "x")
 def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return x [..., in] @ W.T as [..., out]."""
     k = perm.numel() or in_features
@@ -96,7 +83,6 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
     return y
 
 
-@_define("cpu_matmul_transposed", "grad")
 def _matmul_transposed(grad, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return grad [..., out] @ W as [..., in]: the gradient of x."""
     k = perm.numel() or in_features
@@ -110,27 +96,7 @@ def _matmul_transposed(grad, packed, meta, perm, bits, group_size, asym, in_feat
     return torch.matmul(grad.reshape(-1, out_features), weight).view(*grad.shape[:-1], in_features)
 
 
-@torch.library.register_fake("qcore::cpu_matmul", lib=_LIBRARY)
-def _(x, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.register_fake("qcore::cpu_matmul_transposed", lib=_LIBRARY)
-def _(grad, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return grad.new_empty((*grad.shape[:-1], in_features))
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, packed, meta, perm, *ctx.numbers = inputs
-    ctx.save_for_backward(packed, meta, perm)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    grad_x = torch.ops.qcore.cpu_matmul_transposed(grad, *ctx.saved_tensors, *ctx.numbers)
-    return grad_x, *[None] * 8
-
-
-torch.library.register_autograd("qcore::cpu_matmul", _backward, setup_context=_save, lib=_LIBRARY)
+define_product("cpu_matmul", _ARGUMENTS, _matmul, _matmul_transposed)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hook
 
 from . import cuda_library as native
 from .columns import layout, packed_group_size
+from .ops import define_product, on_its_gpu
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # as the C ABI numbers them
 WIDTHS = (2, 3, 4, 8)
@@ -77,31 +77,9 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
-# Library.define rather than custom_op: several microseconds less a call, and a decode takes six
-_LIBRARY = torch.library.Library("qcore", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor packed, Tensor meta, Tensor perm, int bits, int group_size, bool asym, int in_features, int out_features"
 )
-
-
-def _define(name: str, first: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function the op qcore::NAME(first, *_ARGUMENTS); it runs with the device of its first argument as the current one."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def on_its_device(x: Tensor, *arguments: Any) -> Tensor:
-            if not x.is_cuda:
-                raise BackendError(f"cuda: {first} is on {x.device}; this layer was prepared for a CUDA GPU.")
-            if x.get_device() == torch.cuda.current_device():
-                return function(x, *arguments)
-            with torch.cuda.device(x.get_device()):
-                return function(x, *arguments)
-
-        schema = f"{name}(Tensor {first}, {_ARGUMENTS}) -> Tensor"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
-        return function
-
-    return register
 
 
 def _check(
@@ -157,7 +135,6 @@ def _rows_for_kernel(rows: Tensor, perm: Tensor, stream: int) -> tuple[Tensor, i
 _without_wgmma: set[int] = set()  # devices that refused it: not Hopper, or not in this build
 
 
-@_define("cuda_matmul", "x")
 def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return x [..., in] @ W.T as [..., out]."""
     k = perm.numel() or in_features
@@ -187,7 +164,6 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
     return y
 
 
-@_define("cuda_matmul_transposed", "grad")
 def _matmul_transposed(grad, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return grad [..., out] @ W as [..., in]: the gradient of x."""
     k = perm.numel() or in_features
@@ -196,27 +172,9 @@ def _matmul_transposed(grad, packed, meta, perm, bits, group_size, asym, in_feat
     return torch.matmul(grad.reshape(-1, out_features), weight).view(*grad.shape[:-1], in_features)
 
 
-@torch.library.register_fake("qcore::cuda_matmul", lib=_LIBRARY)
-def _(x, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.register_fake("qcore::cuda_matmul_transposed", lib=_LIBRARY)
-def _(grad, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return grad.new_empty((*grad.shape[:-1], in_features))
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, packed, meta, perm, *ctx.numbers = inputs
-    ctx.save_for_backward(packed, meta, perm)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    grad_x = torch.ops.qcore.cuda_matmul_transposed(grad, *ctx.saved_tensors, *ctx.numbers)
-    return grad_x, *[None] * 8
-
-
-torch.library.register_autograd("qcore::cuda_matmul", _backward, setup_context=_save, lib=_LIBRARY)
+define_product(
+    "cuda_matmul", _ARGUMENTS, on_its_gpu("cuda", "x", _matmul), on_its_gpu("cuda", "grad", _matmul_transposed)
+)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, hookimpl, 
 from ..native import Native
 from . import cuda_library as builds
 from .columns import layout, packed_group_size
+from .ops import define_product, on_its_gpu
 
 TILE, UNIT, MOST_TOKENS = 128, 32, 8  # outputs of a block, columns of a unit, tokens of a block
 FUSED_MAX = 32
@@ -68,28 +69,10 @@ def _partial(device: int, m: int, n: int, k: int) -> int:
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("qcore", "FRAGMENT")  # not custom_op: its wrapper takes longer than a product
 _ARGUMENTS = (
     "Tensor packed, Tensor scales, Tensor zeros, Tensor perm, Tensor arrived, int group_size, int in_features,"
     " int out_features"
 )
-
-
-def _define(name: str, first: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function the op qcore::NAME(first, *_ARGUMENTS); it runs with the device of its first argument as the current one."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def on_its_device(x: Tensor, *arguments: object) -> Tensor:
-            if not x.is_cuda:
-                raise BackendError(f"exllama: {first} is on {x.device}; this layer was prepared for a CUDA GPU.")
-            with torch.cuda.device(x.get_device()):
-                return function(x, *arguments)
-
-        _LIBRARY.define(f"{name}(Tensor {first}, {_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
-        return function
-
-    return register
 
 
 def _check(x: Tensor, width: int, packed: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor, arrived: Tensor,
@@ -127,7 +110,6 @@ def _weight(packed, scales, zeros, perm, group_size, in_features, out_features) 
     return weight
 
 
-@_define("exllama_matmul", "x")
 def _matmul(x, packed, scales, zeros, perm, arrived, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return x [..., in] @ W.T as [..., out]."""
     k = perm.numel() or in_features
@@ -152,7 +134,6 @@ def _matmul(x, packed, scales, zeros, perm, arrived, group_size, in_features, ou
     return y
 
 
-@_define("exllama_matmul_transposed", "grad")
 def _matmul_transposed(grad, packed, scales, zeros, perm, arrived, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return grad [..., out] @ W as [..., in]: the gradient of x."""
     k = perm.numel() or in_features
@@ -161,27 +142,9 @@ def _matmul_transposed(grad, packed, scales, zeros, perm, arrived, group_size, i
     return torch.matmul(grad.reshape(-1, out_features), weight.t()).view(*grad.shape[:-1], in_features)
 
 
-@torch.library.register_fake("qcore::exllama_matmul", lib=_LIBRARY)
-def _(x, packed, scales, zeros, perm, arrived, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.register_fake("qcore::exllama_matmul_transposed", lib=_LIBRARY)
-def _(grad, packed, scales, zeros, perm, arrived, group_size, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
-    return grad.new_empty((*grad.shape[:-1], in_features))
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *tensors, ctx.group_size, ctx.columns, ctx.outputs = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    numbers = ctx.group_size, ctx.columns, ctx.outputs
-    return torch.ops.qcore.exllama_matmul_transposed(grad, *ctx.saved_tensors, *numbers), *[None] * 8
-
-
-torch.library.register_autograd("qcore::exllama_matmul", _backward, setup_context=_save, lib=_LIBRARY)
+define_product(
+    "exllama_matmul", _ARGUMENTS, on_its_gpu("exllama", "x", _matmul), on_its_gpu("exllama", "grad", _matmul_transposed)
+)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------------
