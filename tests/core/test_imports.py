@@ -17,7 +17,8 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "blocks", "run", "evaluation", "fast", "api", "cli", "testing",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "capture", "discovery", "plan", "journal",
+    "blocks", "run", "evaluation", "fast", "content", "api", "cli", "testing",
 ]  # fmt: skip
 
 #: what stands on the public door, and is imported by the command line alone
