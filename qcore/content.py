@@ -13,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    ModelFolder,
-    folder_config,
-)
+from .checkpoint import ModelFolder, folder_config
 from .errors import CheckpointError, ModelError, suggest
 from .exporter import Content, Exporter, LayerSpec
 from .journal import provenance, renamed
 from .linear import QuantLinear
-from .model import (
-    Names,
-    match_keys,
-    save_own_code,
-)
+from .model import Names, match_keys, save_own_code
 from .plugins import Plugins, installed
 from .weight import QuantizedWeight
 

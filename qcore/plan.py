@@ -12,22 +12,14 @@ from torch import nn
 from .adapter import ModelAdapter, find_block_list
 from .algorithm import Algorithm
 from .calibration import Calibration
-from .checkpoint import (
-    ModelFolder,
-)
+from .checkpoint import ModelFolder
 from .config import Override, QuantConfig, resolve
 from .discovery import find_adapter
 from .errors import ConfigError, ModelError
 from .exporter import Exporter, LayerSpec
 from .linear import QuantLinear
 from .memory import Room, plan_room
-from .model import (
-    Weights,
-    compute_dtype,
-    model_dtype,
-    refuse_encoder_decoder,
-    stored_dtype,
-)
+from .model import Weights, compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
 from .plugins import Plugins
 from .ranks import Ranks
 

@@ -53,6 +53,12 @@ def test_the_order_names_every_file_of_the_core():
     assert sorted(ORDER) == sorted(path.stem for path in CORE.glob("*.py") if not path.stem.startswith("__"))
 
 
+def test_the_page_on_the_architecture_lists_the_core_in_this_order():
+    page = (CORE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = [line.split("`")[1].removesuffix(".py") for line in page.splitlines() if line.startswith("| `")]
+    assert listed == ORDER
+
+
 #: exceptions, inside a function: plugins.py looks at the kinds it checks; the command line calls the tools
 INSIDE_FUNCTIONS = {"plugins": {"calibration", "evaluation"}, "cli": {"tools", *(f"tools.{name}" for name in TOOLS)}}
 
