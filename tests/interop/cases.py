@@ -62,7 +62,7 @@ READERS = [
     *(("llamacpp", "llamacpp", "llama.cpp", f"gguf-{kind}") for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
     *(("vllm", "vllm", "vllm", name) for name in (
         "gptq-4s", "awq-4a", "awq-4s", "compressed-tensors-4s", "compressed-tensors-4a", "autoround-4s", "autoround-4a",
-        "gptq-4a", "gptq-8s", "compressed-tensors-8s",
+        "gptq-4a", "gptq-8s", "compressed-tensors-8s", "hf-dequantized-4s",
     )),
     *(("llmcompressor", "transformers", "transformers", name) for name in (
         "compressed-tensors-4s", "compressed-tensors-4a", "compressed-tensors-8s", "compressed-tensors-mixed", "hf-dequantized-4s",
