@@ -11,7 +11,6 @@ import copy
 import errno
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -303,23 +302,23 @@ class ShardWriter:
         self.total += size
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Append tensors and return them as they now stand in the file, mapped."""
+        """Append tensors and return them as they now stand in the file."""
         for name, tensor in tensors.items():
             self.add(name, tensor)
         with disk_errors(f"writing {self.folder}"):
             self._file.flush()
-            return {name: self._mapped(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+            return {name: self._stored(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
-    def _mapped(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def _stored(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         path, header = next(shard for shard in reversed(self.shards) if name in shard[1])
         start, end = (8 + self.room + offset for offset in header[name]["data_offsets"])
         if start == end:
             return torch.empty(shape, dtype=dtype)
-        skip = start % mmap.ALLOCATIONGRANULARITY
-        with path.open("rb") as file:  # a private map: torch wants memory that can be written
-            area = mmap.mmap(file.fileno(), skip + end - start, offset=start - skip, access=mmap.ACCESS_COPY)
-        found = torch.frombuffer(area, dtype=torch.uint8, offset=skip)
-        return (found if start % dtype.itemsize == 0 else found.clone()).view(dtype).reshape(shape)
+        found = roomy([end - start], torch.uint8)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            file.readinto(_bytes_of(found))
+        return found.view(dtype).reshape(shape)
 
     def _flushed(self) -> None:
         """Wait for the disk, and raise what it has to say."""

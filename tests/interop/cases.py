@@ -72,6 +72,7 @@ READERS = [
         "gptq-4s", "gptq-3s", "gptq-2a", "gptq-8s", "gptq-4s-act-order", "gptq-mixed", "gptq_v2-4a", "awq-4a",
     )),
     *(("auto-round", "transformers", "transformers", f"autoround-{name}") for name in ("4s", "2a", "4a", "mixed")),
+    *(("auto-round-lib", "transformers", "transformers", f"autoround-{name}") for name in ("4s", "2a", "4a")),
 ]  # fmt: skip
 _GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
 #: name -> (environment and writer, options of its quantizer)

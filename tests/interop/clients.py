@@ -53,7 +53,7 @@ def transformers(folder, prompts, count):
     import torch
     import transformers as library
 
-    model = library.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
+    model = library.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
     return _greedy(model, prompts, count), library.__version__, {}
 
 
