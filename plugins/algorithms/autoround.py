@@ -15,8 +15,8 @@ import importlib.util
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -268,42 +268,53 @@ def signed_step(G: Tensor, r: Rounding, lr: float, minmax_lr: float | None) -> N
 # ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
 
 
-class Gradient8(torch.autograd.Function):
-    """x [..., in] @ weight' whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign.
+# A product whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign, and it sums over
+# thousands of tokens, whose rounding goes either way. What flows on to other linears is not rounded. An op of its own, for
+# torch.compile takes long to see through an autograd.Function, and looks at seven of them in a block.
+_LIBRARY = torch.library.Library("qcore", "FRAGMENT")
+_LIBRARY.define("autoround_linear8(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("autoround_linear8", nn.functional.linear, "CompositeExplicitAutograd")
 
-    The weight's gradient sums over thousands of tokens, and the rounding of each goes either way. What flows on to
-    other linears is not rounded. x is e4m3, scaled to its largest value, the outputs' gradient e5m2, which has float16's range.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight)
+@torch.library.register_fake("qcore::autoround_linear8", lib=_LIBRARY)
+def _linear8_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        onward = grad @ weight if ctx.needs_input_grad[0] else None
-        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        largest = rows.abs().amax().float().clamp(min=1e-12)
-        X = (rows.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
-        Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
-        one = torch.ones_like(largest)
-        return onward, torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=weight.dtype)
+
+def gradient8(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad' @ x [out, in] from grad [..., out] as e5m2, which has float16's range, and x [..., in] as e4m3, scaled to its largest value."""
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    largest = x.abs().amax().float().clamp(min=1e-12)
+    X = (x.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
+    Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
+    one = torch.ones_like(largest)
+    return torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=grad.dtype)
+
+
+def _linear8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    x, weight = ctx.saved_tensors
+    return grad @ weight if ctx.needs_input_grad[0] else None, gradient8(grad, x)
+
+
+torch.library.register_autograd(
+    "qcore::autoround_linear8",
+    _linear8_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=_LIBRARY,
+)
 
 
 class Linear8(nn.Linear):
-    """A linear with Gradient8; modules take on this class for a while, so that one compilation serves all blocks."""
+    """A linear with `gradient8`; modules take on this class for a while, so that one compilation serves all blocks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output = Gradient8.apply(input, self.weight)
+        output: Tensor = torch.ops.qcore.autoround_linear8(input, self.weight)
         return output if self.bias is None else output + self.bias
 
 
 @contextlib.contextmanager
 def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let linears have Gradient8 within."""
+    """Let linears be Linear8 within."""
     own = [type(module) for module in modules]
     try:
         for module in modules:
@@ -325,16 +336,6 @@ def fits_float8(module: nn.Module, tokens: int) -> bool:
     return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
 
 
-def warm_up(device: torch.device) -> None:
-    """Compile something small in a thread: importing the compiler and starting its helpers takes seconds, and nobody waits."""
-
-    def compile_something() -> None:
-        x = torch.ones(16, 16, device=device, requires_grad=True)
-        torch.compile(lambda x: torch.softmax(x @ x, -1).square())(x).sum().backward()
-
-    threading.Thread(target=compile_something, daemon=True).start()
-
-
 # ---- tuning one block ------------------------------------------------------------------------------------------------
 
 
@@ -351,38 +352,47 @@ class Outcome:
 class Tuning:
     """The loop over one block: SignSGD on random batches, the best parameters on a fixed subset of them kept.
 
-    inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
     Nothing in a step makes the host wait for a GPU.
     """
 
-    def __init__(
-        self,
-        block: BlockContext,
-        roundings: Mapping[str, Rounding],
-        inputs: Sequence[Tensor] | None,
-        targets: Sequence[Tensor],
-        params: AutoRound.Params,
-    ) -> None:
-        self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
+    def __init__(self, block: BlockContext, params: AutoRound.Params) -> None:
+        self.block, self.params = block, params
         self.dtype, self.autocast = precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
         self.in_8_bits = self._modules_in_8_bits() if params.float8 is not False else []
-        wanted = min(len(targets), max(1, params.iters // 100))
+
+    def rehearse(self) -> None:
+        """Compile what a step runs, by a pass whose result nobody wants."""
+        weights = {
+            name: linear.weight.detach().to(self.dtype).requires_grad_() for name, linear in self.block.linears.items()
+        }
+        hidden, kwargs, _ = self.block.batch(0)
+        with self._surroundings():
+            output = self._forward(hidden, kwargs, weights)
+            output.backward(torch.zeros_like(output))
+
+    def run(
+        self, roundings: Mapping[str, Rounding], inputs: Sequence[Tensor] | None, targets: Sequence[Tensor]
+    ) -> tuple[Outcome, dict[str, Frozen]]:
+        """Tune; return how it went and the best parameters seen, frozen.
+
+        inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
+        """
+        self.roundings, self.inputs, self.targets = roundings, inputs, targets
+        iters, checks = self.params.iters, self.params.checks
+        wanted = min(len(targets), max(1, iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
-        self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.losses = torch.zeros(iters, device=self.block.device)  # of each step, looked at only at the end
         self.processes = Processes()
-        if len(targets[0]) * self.processes.count != params.bs:  # batches are whole ones: every process does the same
+        if (
+            len(targets[0]) * self.processes.count != self.params.bs
+        ):  # batches are whole ones: every process does the same
             self.processes = Processes(alone=True)
-        self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
+        self.rates, unmatched = rates_by_linear(self.params.layer_lr, list(roundings))
         self.processes.agree([x for each in roundings.values() for x in (each.W, each.low, each.high)])
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
-
-    def run(self) -> tuple[Outcome, dict[str, Frozen]]:
-        """Tune; return how it went and the best parameters seen, frozen."""
-        iters, checks = self.params.iters, self.params.checks
-        widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
-        with widened, gradients_in_8_bits(self.in_8_bits), reproducible(self.block.device):
+        with self._surroundings():
             best = before = self.judge()
             if not math.isfinite(before):
                 raise ModelError(
@@ -400,7 +410,14 @@ class Tuning:
                         break
                     if loss < best or not checks:
                         best, best_step, kept = loss, step + 1, self._frozen()
-        return Outcome(before, best, best_step, "; ".join(filter(None, (note, self.unmatched)))), kept
+        return Outcome(before, best, best_step, "; ".join(filter(None, (note, unmatched)))), kept
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """What the block needs around it to be run in steps."""
+        widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
+        with widened, gradients_in_8_bits(self.in_8_bits), reproducible(self.block.device):
+            yield
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         """One step of SignSGD on `gradient_accumulate_steps` batches."""
@@ -423,8 +440,9 @@ class Tuning:
         if not has_float8(self.block.device) or self.dtype == torch.float32:
             return []
         prefix = f"{self.block.name}."
-        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.roundings]
-        return [module for module in modules if fits_float8(module, self.targets[0][..., 0].numel())]
+        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
+        tokens = self.block.batch(0)[0][..., 0].numel()
+        return [module for module in modules if fits_float8(module, tokens)]
 
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
@@ -443,11 +461,7 @@ class Tuning:
     def _error(self, batch: Batch, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         """Return the block's outputs on a batch, their error, 0 where it does not count, and the share that counts."""
         hidden, kwargs, mask, target = batch
-        if self.dtype != hidden.dtype:
-            hidden, kwargs = cast(hidden, self.dtype), cast(kwargs, self.dtype)
-        training = torch.is_grad_enabled()
-        with self.autocast:
-            output = self.block.forward(hidden, kwargs, weights, compiled=self.compiled and training)
+        output = self._forward(hidden, kwargs, weights)
         error = output.detach() - target  # of two halves it is right to the last bit of a half
         if mask is not None:
             error = error.masked_fill(~mask[..., None], 0)  # what padding gives may be NaN
@@ -455,7 +469,14 @@ class Tuning:
             magnitude = error.abs()
             largest = magnitude.flatten().topk(max(1, round(error.numel() * self.params.outliers))).values
             error *= magnitude < largest[-1]
-        return output, error, 1.0 if mask is None or training else float(mask.float().mean())
+        return output, error, 1.0 if mask is None or torch.is_grad_enabled() else float(mask.float().mean())
+
+    def _forward(self, hidden: Tensor, kwargs: dict[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the block's outputs with these weights, in the precision of the tuning."""
+        if self.dtype != hidden.dtype:
+            hidden, kwargs = cast(hidden, self.dtype), cast(kwargs, self.dtype)
+        with self.autocast:
+            return self.block.forward(hidden, kwargs, weights, compiled=self.compiled and torch.is_grad_enabled())
 
     @torch.no_grad()
     def judge(self) -> float:
@@ -738,17 +759,18 @@ class AutoRound(Algorithm):
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
-        if block.index == 0 and self.params.iters and block.device.type == "cuda" and self.params.compile is not False:
-            warm_up(block.device)
+        tuning = Tuning(block, self.params) if self.params.iters else None
+        if tuning and tuning.compiled and block.index == 0:
+            rehearse(tuning, block, self.params)
         inputs = None
         if self.params.iters and not self.params.use_quant_input:
             inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
         starts, targets = find_starts(block, self.params)
         roundings = {name: Rounding(starts[name], linear.config) for name, linear in block.linears.items()}
         outcome, frozen = None, {}
-        if self.params.iters:
+        if tuning:
             self._check_batches(targets)
-            outcome, frozen = Tuning(block, roundings, inputs, targets, self.params).run()
+            outcome, frozen = tuning.run(roundings, inputs, targets)
         results = {}
         for name, linear in block.linears.items():
             results[name] = roundings[name].canonical(frozen.get(name) or roundings[name].freeze(), linear.bias)
@@ -789,6 +811,25 @@ class AutoRound(Algorithm):
         return ""
 
 
+def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> None:
+    """Compile everything that the first block needs: the solver of its start beside the steps.
+
+    What torch.compile does is mostly Python, what a kernel's compiler does is not, so the two hardly wait for each other. A
+    failure of the solver is not looked at here: it comes again where it counts.
+    """
+
+    def solve_something() -> None:
+        with torch.cuda.device(block.device) if block.device.type == "cuda" else contextlib.nullcontext():
+            for config in dict.fromkeys(linear.config for linear in block.linears.values()):
+                W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
+                gptq_start(W, torch.eye(512, device=block.device), None, config, gptq_recipe(params))
+
+    with ThreadPoolExecutor(1) as beside_it:
+        if params.start == "gptq":
+            beside_it.submit(solve_something)
+        tuning.rehearse()
+
+
 def without_determinism(device: torch.device) -> str:
     """What a report says where equal runs may differ."""
     if device.type != "cuda" or can_reproduce(device):
@@ -826,6 +867,11 @@ def find_starts(block: BlockContext, params: AutoRound.Params) -> tuple[dict[str
     return starts, targets
 
 
+def gptq_recipe(params: AutoRound.Params) -> Gptq.Params:
+    """GPTQ's options, of the start."""
+    return Gptq.Params(damp_percent=params.damp_percent, shrink=params.shrink, float_targets=params.float_targets)
+
+
 def _starts_of_group(linears: Sequence[Linear], hessian: Hessian | None, params: AutoRound.Params) -> dict[str, Start]:
     """Return the starts of linears that share an input: GPTQ solves those of one config stacked."""
     if hessian is None or not hessian.tokens:
@@ -834,7 +880,7 @@ def _starts_of_group(linears: Sequence[Linear], hessian: Hessian | None, params:
     H, C = hessian.finish()
     if not bool(torch.isfinite(H).all()):
         raise ModelError(f"the inputs of {linears[0].name} hold NaN or Inf: its activations overflow.")
-    recipe = Gptq.Params(damp_percent=params.damp_percent, shrink=params.shrink, float_targets=params.float_targets)
+    recipe = gptq_recipe(params)
     starts: dict[str, Start] = {}
     for config in dict.fromkeys(linear.config for linear in linears):
         members = [linear for linear in linears if linear.config == config]

@@ -421,7 +421,7 @@ def test_compile_is_asked_for_by_option(monkeypatch):
     quantize(TinyModel(depth=1), iters=2)
     assert not any(seen)
     quantize(TinyModel(depth=1), iters=2, compile=True, checks=0)
-    assert sum(seen) == 2, "the steps, not what is looked at once"
+    assert sum(seen) == 3, "the rehearsal and the steps, not what is looked at once"
 
 
 def test_equal_blocks_are_compiled_once_and_whole(monkeypatch):
@@ -593,11 +593,20 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
         assert float((ours - theirs).float().norm() / theirs.float().norm()) < 0.1
 
 
+def test_products_with_gradients_in_8_bits_are_compiled_in_one_piece():
+    model = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).half()
+    x, weights = torch.randn(16, 32).half(), list(model.parameters())
+    with autoround.gradients_in_8_bits([model[0], model[2]]):
+        plain = torch.autograd.grad(model(x).sum(), weights)
+        compiled = torch.compile(lambda x: model(x).sum(), backend="aot_eager", fullgraph=True)
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(x), weights), plain, strict=True))
+
+
 def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
     monkeypatch.setattr(autoround, "has_float8", lambda device: True)
     monkeypatch.setattr(autoround, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
     monkeypatch.setattr(autoround, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
-    monkeypatch.setattr(autoround.Tuning, "run", lambda self: (autoround.Outcome(0, 0, 0), self._frozen()))
+    monkeypatch.setattr(autoround.Tuning, "run", lambda self, *_: (autoround.Outcome(0, 0, 0), {}))
     for float8, chosen in ((None, 2), (True, 2), (False, 0)):
         quantize(TinyModel(depth=1), iters=1, float8=float8)
         assert len(tunings[-1].in_8_bits) == chosen
