@@ -527,6 +527,27 @@ def test_a_dataloader_of_something_else_is_refused(batches, message):
         quantize(calibration=iter(batches))
 
 
+def test_a_dataloader_that_runs_dry_part_way_is_used_as_far_as_it_went_and_said_so(weights_of):
+    rows = tiny_tokens(16)
+    model = quantize(iters=4, calibration=(torch.stack(rows[i : i + 4]) for i in (0, 4)), samples=16)
+    assert qcore.report(model)["calibration"]["sources"][0]["short"] == "asked for 16 samples, it ended after 8"
+    plain = weights_of(quantize(iters=4, calibration=rows[:8], samples=8))
+    assert all(weight.equal(plain[name]) for name, weight in weights_of(model).items())
+
+
+def test_a_dataloader_that_runs_dry_before_one_step_is_refused():
+    with pytest.raises(CalibrationError, match=r"bs=4 sequences, the calibration has 2.*Give more samples"):
+        quantize(calibration=(row[None] for row in tiny_tokens(2)), samples=16)
+
+
+def test_a_dataloader_whose_shapes_change_part_way_is_refused():
+    batches = [torch.stack(tiny_tokens(4)), torch.zeros(2, 3, 8, dtype=torch.int64)]
+    with pytest.raises(
+        CalibrationError, match=r"sequence 4: expected integers \[length\].*found torch.int64 \[2, 3, 8\]"
+    ):
+        quantize(calibration=iter(batches))
+
+
 def test_overrides_that_name_no_linear_are_refused():
     with pytest.raises(ConfigError, match=r"blocks\.0\.lefft"):
         quantize(overrides=["blocks.0.lefft:bits=8"])
