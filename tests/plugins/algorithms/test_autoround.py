@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qcore_plugins.algorithms import autoround
-from qcore_plugins.algorithms.autoround import Rounding, Start, covering_start, gptq_start
+from qcore_plugins.algorithms import autoround, autoround_device
+from qcore_plugins.algorithms.autoround import Rounding
+from qcore_plugins.algorithms.autoround_start import Start, covering_start, gptq_start, searched_start
 from qcore_plugins.algorithms.gptq import Gptq, solve
 from torch import nn
 
@@ -175,7 +176,7 @@ def test_a_weighted_start_fits_strong_columns_better():
     config = QuantConfig(bits=2, group_size=64)
     off = [
         (Rounding(start, config).weight(torch.float32) - W)[:, :8].norm()
-        for start in (autoround.searched_start(W, config, importance), autoround.searched_start(W, config, None))
+        for start in (searched_start(W, config, importance), searched_start(W, config, None))
     ]
     assert float(off[0]) < 0.8 * float(off[1])
 
@@ -356,7 +357,7 @@ def test_every_batch_is_used_before_any_is_used_again():
 def test_a_gpu_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
     settings = {"iters": 10, "checks": 0}
     plain = weights_of(quantize(**settings, amp=False))
-    monkeypatch.setattr(autoround, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(autoround_device, "has_bfloat16", lambda device: True)
     with_amp, without = weights_of(quantize(**settings)), weights_of(quantize(**settings, amp=False))
     assert not any(with_amp[name].equal(plain[name]) for name in plain)
     assert all(without[name].equal(plain[name]) for name in plain)
@@ -364,10 +365,10 @@ def test_a_gpu_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
 
 def test_without_amp_a_half_model_is_tuned_in_float32():
     block = TinyBlock(8, 8).half()
-    with autoround.full_precision(block):
+    with autoround_device.full_precision(block):
         assert {p.dtype for p in block.parameters()} == {torch.float32}
     assert {p.dtype for p in block.parameters()} == {torch.float16}
-    mixed = autoround.cast(
+    mixed = autoround_device.cast(
         {"a": (torch.ones(1, dtype=torch.float16), torch.ones(1, dtype=torch.int64)), "b": None}, torch.float32
     )
     assert [x.dtype for x in mixed["a"]] == [torch.float32, torch.int64]
@@ -602,7 +603,7 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
     x, grad = torch.randn(2, 64, 64).to(dtype).requires_grad_(), torch.randn(2, 64, 48).to(dtype)
     wanted = [x, model[0].weight, model[2].weight]
     exact = torch.autograd.grad(model(x), wanted, grad)
-    with autoround.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.gradients_in_8_bits([model[0], model[2]]):
         output = model(x)
         rounded = torch.autograd.grad(output, wanted, grad)
     assert [type(each) for each in model] == [nn.Linear, nn.SiLU, nn.Linear]
@@ -617,16 +618,16 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
 def test_products_with_gradients_in_8_bits_are_compiled_in_one_piece():
     model = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).half()
     x, weights = torch.randn(16, 32).half(), list(model.parameters())
-    with autoround.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.gradients_in_8_bits([model[0], model[2]]):
         plain = torch.autograd.grad(model(x).sum(), weights)
         compiled = torch.compile(lambda x: model(x).sum(), backend="aot_eager", fullgraph=True)
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(x), weights), plain, strict=True))
 
 
 def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
-    monkeypatch.setattr(autoround, "has_float8", lambda device: True)
-    monkeypatch.setattr(autoround, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
-    monkeypatch.setattr(autoround, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
+    monkeypatch.setattr(autoround_device, "has_float8", lambda device: True)
+    monkeypatch.setattr(autoround_device, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
+    monkeypatch.setattr(autoround_device, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
     monkeypatch.setattr(autoround.Tuning, "run", lambda self, *_: (autoround.Outcome(0, 0, 0), {}))
     for float8, chosen in ((None, 2), (True, 2), (False, 0)):
         quantize(TinyModel(depth=1), iters=1, float8=float8)
@@ -634,9 +635,9 @@ def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
 
 
 def test_float8_fits_plain_half_linears_of_sides_that_divide():
-    assert autoround.fits_float8(nn.Linear(32, 48).half(), 64)
+    assert autoround_device.fits_float8(nn.Linear(32, 48).half(), 64)
     for module, tokens in ((nn.Linear(32, 48), 64), (nn.Linear(30, 48).half(), 64), (nn.Linear(32, 48).half(), 60)):
-        assert not autoround.fits_float8(module, tokens)
+        assert not autoround_device.fits_float8(module, tokens)
 
 
 def test_float8_asked_for_where_there_is_none_is_said_so():
