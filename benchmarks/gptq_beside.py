@@ -43,7 +43,8 @@ def gptqmodel(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     config = QuantizeConfig(bits=4, group_size=128, sym=True)
-    config.device = settings["device"]
+    if device.type == "cpu":
+        config.device = "cpu"
     model = GPTQModel.load(str(folder), config)
     model.layer_callback = layer_complete
     start = time.perf_counter()
