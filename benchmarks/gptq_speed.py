@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcore
 from qcore import blocks, model, run
 from qcore.cli import parse_options
+from qcore.journal import Journal
 from qcore.tools.probe import _peak, _reset_peaks
 from qcore.weight import QuantizedWeight
 
@@ -124,7 +125,7 @@ TIMED = [
     (blocks.Block, "observe", "walk"),
     (blocks.Block, "advance", "walk"),
     (run, "_quantize", "quantize, the rest"),
-    (run.Journal, "write_block", ASIDE),
+    (Journal, "write_block", ASIDE),
 ]
 
 
