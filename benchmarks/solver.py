@@ -5,9 +5,12 @@
 Shapes are K x N: inputs x outputs. Times are medians in milliseconds, of the whole (factorization included) and of its parts:
 `factor`, `updates` of the columns behind each block (matrix products both), and `columns`: grid search and loop over columns,
 what the compiled solvers replace. Beside them: the share of codes that equal those of the first row, and the loss
-tr((W - Q) H (W - Q)') over that of the first row. Where a tie falls the other way a row goes on differently: codes may differ, losses
-may not. On a CPU the first two rows, `plain64` and `plain32`, are the paper's
-algorithm written down column by column in float64 and float32, its factor from three steps (Cholesky, inverse, Cholesky). With --tile 8x1,16x2 the Triton kernel's rows of a program x warps are tried in turn. On a CPU the threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time, for a machine with other work.
+tr((W - Q) H (W - Q)') over that of the first row. Where a tie falls the other way a row goes on differently: codes may differ,
+losses may not.
+
+On a CPU the first two rows, `plain64` and `plain32`, are the paper's algorithm written down column by column in float64 and float32,
+its factor from three steps (Cholesky, inverse, Cholesky). The threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time,
+for a machine with other work. With --tile 8x1,16x2 the Triton kernel's rows of a program x warps are tried in turn.
 """
 
 from __future__ import annotations
