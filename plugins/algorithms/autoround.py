@@ -41,7 +41,7 @@ from qcore import (
 
 from . import autoround_device as machine
 from . import gptq_native
-from .autoround_start import Start, find_starts, gptq_start
+from .autoround_start import Start, covering_start, find_starts, gptq_start
 from .gptq import Gptq, solver_for
 
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
@@ -170,10 +170,13 @@ def step_label(device: torch.device) -> str:
 
 def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Return (s, z) of the range from alpha * low to beta * high (see Rounding)."""
+    maxq = low.new_full(
+        (), config.maxq
+    )  # a GPU multiplies with the inverse of what is no tensor, which the kernels do not
     if config.sym:
-        s = stored(beta * (high - low) / config.maxq)
+        s = stored(beta * (high - low) / maxq)
         return s, torch.full_like(s, grid.symmetric_zero(config.bits))
-    s = stored((beta * high - alpha * low) / config.maxq)
+    s = stored((beta * high - alpha * low) / maxq)
     return s, torch.round(-alpha * low / s).clamp_(1, config.maxq)
 
 
@@ -602,21 +605,26 @@ class AutoRound(Algorithm):
 
 
 def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> None:
-    """Compile everything that the first block needs: the solver of its start beside the steps.
+    """Compile everything that the first block needs: what its start and its parameters run, beside the block itself.
 
     What torch.compile does is mostly Python, what a kernel's compiler does is not, so the two hardly wait for each other. A
-    failure of the solver is not looked at here: it comes again where it counts.
+    failure of the former is not looked at here: it comes again where it counts.
     """
 
-    def solve_something() -> None:
+    def start_something() -> None:
         with torch.cuda.device(block.device) if block.device.type == "cuda" else contextlib.nullcontext():
+            W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
             for config in dict.fromkeys(linear.config for linear in block.linears.values()):
-                W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
-                gptq_start(W, torch.eye(512, device=block.device), None, config, params.recipe)
+                start = covering_start(W, config)
+                if params.start == "gptq":
+                    start = gptq_start(W, torch.eye(512, device=W.device), None, config, params.recipe) or start
+                rounding = Rounding(start, config)
+                weight = rounding.weight(tuning.dtype)
+                rounding.update(torch.ones_like(weight), 1e-3, 1e-5 if params.enable_minmax_tuning else None, weight)
+                rounding.freeze()
 
     with ThreadPoolExecutor(1) as aside:
-        if params.start == "gptq":
-            aside.submit(solve_something)
+        aside.submit(start_something)
         tuning.rehearse()
 
 

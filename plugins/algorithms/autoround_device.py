@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -97,26 +99,59 @@ def without_determinism(device: torch.device) -> str:
 # ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
 
 # A product whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign, and it sums over
-# thousands of tokens, whose rounding goes either way. What flows on to other linears is not rounded. An op of its own, for
-# torch.compile takes long to see through an autograd.Function, and looks at seven of them in a block.
+# thousands of tokens, whose rounding goes either way. What flows on to other linears is not rounded. These are ops of their own: what
+# torch.compile need not look into it compiles sooner, and where linears share an input it rounds that once.
 _LIBRARY = torch.library.Library("qcore", "FRAGMENT")
-_LIBRARY.define("autoround_linear8(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("autoround_linear8", nn.functional.linear, "CompositeExplicitAutograd")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-@torch.library.register_fake("qcore::autoround_linear8", lib=_LIBRARY)
-def _linear8_shape(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], len(weight)))
+def _linear8(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight)
+
+
+def _e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x [..., in] as e4m3 [in, tokens], scaled to its largest value, and what a 1 of that is worth, float32 []."""
+    largest = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32).clamp_(min=1e-12)
+    return columns8(x, 448 / largest, torch.float8_e4m3fn), largest / 448
+
+
+def _e5m2(x: Tensor) -> Tensor:
+    """Return x [..., out] as e5m2 [out, tokens], whose range is float16's."""
+    return columns8(x, None, torch.float8_e5m2)
+
+
+def _turned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fake of a tensor [..., columns] as 8-bit floats [columns, tokens]."""
+    return x.new_empty((x.shape[-1], x.numel() // x.shape[-1]), dtype=dtype)
+
+
+for schema, function, fake in (
+    ("linear8(Tensor x, Tensor weight) -> Tensor", _linear8, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight)))),
+    ("e4m3(Tensor x) -> (Tensor, Tensor)", _e4m3, lambda x: (_turned(x, torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32))),
+    ("e5m2(Tensor x) -> Tensor", _e5m2, lambda x: _turned(x, torch.float8_e5m2)),
+):  # fmt: skip
+    _LIBRARY.define(f"autoround_{schema}", tags=_TAGS)
+    _name = f"autoround_{schema.partition('(')[0]}"
+    _LIBRARY.impl(_name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcore::{_name}", fake, lib=_LIBRARY)
+
+
+def columns8(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x [..., columns] times a factor [] as 8-bit floats [columns, tokens]; what is too large becomes the largest."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and importlib.util.find_spec("triton"):
+        from . import autoround_triton  # which imports triton
+
+        return autoround_triton.columns8(rows, factor, dtype)
+    turned = rows.t().float() if factor is None else rows.t().float() * factor
+    return turned.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).contiguous()
 
 
 def gradient8(grad: Tensor, x: Tensor) -> Tensor:
-    """Return grad' @ x [out, in] from grad [..., out] as e5m2, which has float16's range, and x [..., in] as e4m3, scaled to its largest value."""
-    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    largest = x.abs().amax().float().clamp(min=1e-12)
-    X = (x.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
-    Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
-    one = torch.ones_like(largest)
-    return torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=grad.dtype)
+    """Return grad' @ x [out, in] as a product of 8-bit floats, from grad [..., out] and x [..., in]."""
+    X, unit = torch.ops.qcore.autoround_e4m3(x)
+    Y = torch.ops.qcore.autoround_e5m2(grad)
+    return torch._scaled_mm(Y, X.t(), scale_a=torch.ones_like(unit), scale_b=unit, out_dtype=grad.dtype)
 
 
 def _linear8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
