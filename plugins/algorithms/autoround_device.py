@@ -96,16 +96,16 @@ def without_determinism(device: torch.device) -> str:
     return "equal runs may differ: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process first multiplies on the GPU"
 
 
-# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+# ---- rough gradients -------------------------------------------------------------------------------------------------
 
-# A product whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign, and it sums over
-# thousands of tokens, whose rounding goes either way. What flows on to other linears is not rounded. These are ops of their own: what
-# torch.compile need not look into it compiles sooner, and where linears share an input it rounds that once.
+# A product whose gradient of the weight is a product of shorter numbers: 8-bit floats for those of 16, bfloat16 for float32. SignSGD
+# takes no more than its sign, and it sums over many tokens, whose rounding goes either way. What flows on to other linears is not rounded.
+# These are ops of their own: what torch.compile need not look into it compiles sooner, and what linears share is rounded once.
 _LIBRARY = torch.library.Library("qcore", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def _linear8(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight)
 
 
@@ -126,7 +126,7 @@ def _turned(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 for schema, function, fake in (
-    ("linear8(Tensor x, Tensor weight) -> Tensor", _linear8, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight)))),
+    ("linear(Tensor x, Tensor weight) -> Tensor", _linear, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight)))),
     ("e4m3(Tensor x) -> (Tensor, Tensor)", _e4m3, lambda x: (_turned(x, torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32))),
     ("e5m2(Tensor x) -> Tensor", _e5m2, lambda x: _turned(x, torch.float8_e5m2)),
 ):  # fmt: skip
@@ -154,49 +154,62 @@ def gradient8(grad: Tensor, x: Tensor) -> Tensor:
     return torch._scaled_mm(Y, X.t(), scale_a=torch.ones_like(unit), scale_b=unit, out_dtype=grad.dtype)
 
 
-def _linear8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+def gradient16(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad' @ x [out, in] as a product of bfloat16, from grad [..., out] and x [..., in]."""
+    rows = [each.reshape(-1, each.shape[-1]).bfloat16() for each in (grad, x)]
+    return (rows[0].t() @ rows[1]).to(grad.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
     x, weight = ctx.saved_tensors
-    return grad @ weight if ctx.needs_input_grad[0] else None, gradient8(grad, x)
+    rough = gradient16 if grad.dtype == torch.float32 else gradient8
+    return grad @ weight if ctx.needs_input_grad[0] else None, rough(grad, x)
 
 
 torch.library.register_autograd(
-    "qcore::autoround_linear8",
-    _linear8_backward,
+    "qcore::autoround_linear",
+    _backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_LIBRARY,
 )
 
 
-class Linear8(nn.Linear):
-    """A linear with `gradient8`; modules take on this class for a while, so that one compilation serves all blocks."""
+class RoughLinear(nn.Linear):
+    """A linear whose weight's gradient is rough; modules take on this class for a while, so that one compilation serves all blocks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = torch.ops.qcore.autoround_linear8(input, self.weight)
+        output: Tensor = torch.ops.qcore.autoround_linear(input, self.weight)
         return output if self.bias is None else output + self.bias
 
 
 @contextlib.contextmanager
-def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let linears be Linear8 within."""
+def rough_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let linears be RoughLinear within."""
     own = [type(module) for module in modules]
     try:
         for module in modules:
-            module.__class__ = Linear8
+            module.__class__ = RoughLinear
         yield
     finally:
         for module, kind in zip(modules, own, strict=True):
             module.__class__ = kind
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether a device multiplies 8-bit floats."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+def rough_type(device: torch.device) -> str | None:
+    """What a device multiplies faster than the type blocks are computed in: a GPU 8-bit floats, a CPU bfloat16; None: nothing."""
+    if device.type == "cuda":
+        return "float8" if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9) else None
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return "bfloat16" if device.type == "cpu" and native and native() else None
 
 
-def fits_float8(module: nn.Module, tokens: int) -> bool:
-    """Whether a linear's gradient can be a product of 8-bit floats: plain, of a half type, all sides multiples of 16."""
-    half = type(module) is nn.Linear and module.weight.dtype in (torch.float16, torch.bfloat16)
-    return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
+def can_be_rough(module: nn.Module, dtype: torch.dtype, tokens: int, device: torch.device) -> bool:
+    """Whether a linear's gradient can be: it is plain and, on a GPU, of a half type, all sides multiples of 16."""
+    if type(module) is not nn.Linear or rough_type(device) is None:
+        return False
+    if device.type == "cpu":
+        return dtype == torch.float32
+    return dtype != torch.float32 and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------

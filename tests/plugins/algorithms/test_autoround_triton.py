@@ -130,7 +130,7 @@ def test_on_a_gpu_a_compiled_product_has_the_gradients_of_an_eager_one() -> None
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.SiLU(), torch.nn.Linear(512, 128)).half().cuda()
     x, weights = torch.randn(64, 256, device="cuda").half(), list(model.parameters())
     exact = torch.autograd.grad(model(x).float().square().mean() * 64, weights)
-    with autoround_device.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.rough_gradients([model[0], model[2]]):
         compiled = torch.compile(lambda x: model(x).float().square().mean() * 64, fullgraph=True)
         found = torch.autograd.grad(compiled(x), weights)
     for ours, theirs in zip(found, exact, strict=True):
