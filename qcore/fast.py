@@ -1,4 +1,4 @@
-"""Fast generation: `model.generate` with a static cache and a decode step that is compiled, and on a GPU captured.
+"""Fast generation: `model.generate` with a static cache and a decode step that is compiled and captured on a GPU, recorded on a CPU.
 
     model = qcore.load(folder, fast=True)
     model.generate(…)                      # greedy, sampling and beams, with processors, stopping criteria and streamers
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .tape import Unfit, record
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,11 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def accelerate(model: Any, compiled: bool = True) -> Any:
+def accelerate(model: Any, compiled: bool | None = None) -> Any:
     """Make `model.generate` fast, in place, and return the model.
 
-    compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache); without, a GPU
-    replays the kernels of the model's own code.
+    compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache), by default on a GPU.
+    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code.
 
     Raises ModelError for models that cannot have a static cache, and for those spread over several devices.
     """
@@ -125,7 +126,7 @@ def _why_not_this(config: Any, model_kwargs: dict[str, Any]) -> str | None:
 class _Steps:
     """The step of a model: made when first needed, kept while calls fit it."""
 
-    def __init__(self, model: Any, compiled: bool) -> None:
+    def __init__(self, model: Any, compiled: bool | None) -> None:
         self.model, self.compiled = model, compiled
         self._step: _Step | None = None
 
@@ -165,10 +166,20 @@ def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return fast
 
 
+def _recorded(run: Callable[[], Tensor], model: Any) -> Callable[[], Tensor]:
+    """Return the step recorded, or as it is where its code looks at values."""
+    try:
+        replay = record(run, [*model.parameters(), *model.buffers()])
+    except Unfit as reason:
+        _tell(f"the step runs as it is, as {reason}")
+        return run
+    return torch.inference_mode()(replay)  # nothing is differentiated, so torch need not look
+
+
 class _Step:
     """One token for each row: ids [rows, 1] in, logits float32 [rows, vocabulary] out, over tensors that stay where they are."""
 
-    def __init__(self, model: Any, rows: int, length: int, compiled: bool) -> None:
+    def __init__(self, model: Any, rows: int, length: int, compiled: bool | None) -> None:
         device = model.get_input_embeddings().weight.device
         accepted = inspect.signature(type(model).forward).parameters
         self.rows, self.length = rows, length
@@ -185,8 +196,10 @@ class _Step:
         self._run: Callable[[], Tensor | None] = self._eager
         self._reorder: Callable[[], Tensor | None] = self._reorder_eagerly
         self._eager()  # allocates the cache
-        if compiled:
+        if device.type == "cuda" if compiled is None else compiled:
             self._run = _compiled(self._eager)
+        elif device.type == "cpu":
+            self._run = _recorded(self._eager, model)
         if device.type == "cuda":
             self._run = self._captured(self._run)
             self._reorder = self._captured(self._reorder) if rows > 1 else self._reorder

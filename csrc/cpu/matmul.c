@@ -177,7 +177,7 @@ static const uint16_t bfloat_table[9][2 * TILE] = {[2] = {OF16(BFLOAT2), OF16(BF
 #endif
 #endif
 
-int qc_matmul_level(void) {
+static int machine_level(void) {
 #if defined(__x86_64__)
 #if HAS_BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"))
@@ -188,6 +188,19 @@ int qc_matmul_level(void) {
         return QC_LEVEL_AVX2;
 #endif
     return QC_LEVEL_PORTABLE;
+}
+
+static atomic_int limit = QC_LEVEL_BEST;
+
+int qc_matmul_level(void) {
+    const int set = atomic_load(&limit);
+    return set == QC_LEVEL_BEST ? machine_level() : set;
+}
+
+int qc_limit_matmul_level(int level) {
+    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
+    atomic_store(&limit, level);
+    return QC_OK;
 }
 
 static void choose_level(Matmul *job, int level) {
@@ -321,7 +334,7 @@ int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, in
     if (!perm && columns != k) return QC_BAD_ARGUMENT;
     if (m == 0) return QC_OK;
     if (!x || !packed || !meta || !y || (m > 1 && (ldx < columns || ldy < n)) || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
-    if (level < QC_LEVEL_BEST || level > qc_matmul_level()) return QC_BAD_LEVEL;
+    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
     choose_level(&job, level == QC_LEVEL_BEST ? qc_matmul_level() : level);
 
     const int64_t panels = (m + job.rows - 1) / job.rows, tiles = (n + TILE - 1) / TILE;

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define QC_CPU_ABI 1
+#define QC_CPU_ABI 2
 
 enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, QC_BAD_LEVEL = 4 };
 
@@ -28,7 +28,8 @@ int qc_abi_version(void);
 const char *qc_source(void); /* the hash of the sources, as given to the compiler (QC_SOURCE) */
 const char *qc_error_string(int status);
 int qc_cpu_level(void); /* the best instruction set of this machine */
-int qc_matmul_level(void); /* that of the matmul functions below, which know one more */
+int qc_matmul_level(void); /* that of the matmul functions below, which know one more: what QC_LEVEL_BEST means to them */
+int qc_limit_matmul_level(int level); /* let QC_LEVEL_BEST mean this one, or with QC_LEVEL_BEST the machine's best again */
 
 /*
  * Quantize a block of columns of W by GPTQ, and find the grids of the groups that begin in it.
@@ -92,6 +93,13 @@ int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const uint8_t *
 int qc_cpu_dequantize(int bits, int dtype, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta,
                       const void *packed, const void *meta, const int32_t *perm, void *weight, int64_t ldw, int threads,
                       void *parallel);
+
+/*
+ * Give torch's dispatcher qcore::cpu_matmul and qcore::cpu_matmul_out, whose schemas the caller has defined (torch_op.c).
+ *
+ * functions   torch's C functions, omp_get_max_threads and GOMP_parallel, in the order of the struct there; count of them
+ */
+int qc_torch_register(const void *const *functions, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -135,6 +135,7 @@ class CpuBackend(Backend):
         Returns packed uint8, meta (scales and zeros, float16 where that holds them exactly and else float32) and perm int32,
         empty where columns are in order.
         """
+        cpu_library.register()
         bits, n, columns = spec.config.bits, weight.out_features, weight.in_features
         perm, group_size, groups = layout(weight.g_idx.cpu(), spec.config.group_size)
         k = columns if perm is None else perm.shape[0]
@@ -151,6 +152,10 @@ class CpuBackend(Backend):
         """Multiply; within autocast x takes autocast's dtype, as with torch's own linears."""
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
+        if x.dtype not in DTYPES or x.shape[-1:] != (spec.in_features,):  # the op says less well what is wrong
+            raise BackendError(
+                f"cpu: x is {x.dtype} {list(x.shape)}, expected float32, bfloat16 or float16 [..., {spec.in_features}]."
+            )
         config = spec.config
         y: Tensor = torch.ops.qcore.cpu_matmul(
             x, buffers["packed"], buffers["meta"], buffers["perm"], config.bits,
