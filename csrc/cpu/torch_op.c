@@ -106,9 +106,10 @@ static const char *unfit(const Product *p) {
     if (p->packed.dtype != BYTE || (p->meta.dtype != FLOAT && p->meta.dtype != HALF) || p->perm.dtype != INT)
         return "cpu: expected packed uint8, meta float32 or float16 and perm int32";
     if (!contiguous(&p->packed) || !contiguous(&p->meta) || !contiguous(&p->perm)) return "cpu: packed, meta and perm must be contiguous";
-    if (p->bits < 2 || p->bits > 8 || p->n < 1 || p->k < 1 || (p->group_size != -1 && p->group_size < 1)) return "cpu: an argument is out of range";
+    const int floats = p->bits == QC_HALF_WEIGHT || p->bits == QC_BFLOAT_WEIGHT;
+    if (p->bits < 2 || (p->bits > 8 && !floats) || p->n < 1 || p->k < 1 || (p->group_size != -1 && p->group_size < 1)) return "cpu: an argument is out of range";
     const int64_t tiles = (p->n + 15) / 16, groups = p->group_size == -1 ? 1 : (p->k + p->group_size - 1) / p->group_size;
-    const int64_t stored = p->bits <= 4 ? p->bits : 8;
+    const int64_t stored = p->bits <= 4 ? p->bits : floats ? 16 : 8;
     if (p->packed.numel != tiles * ((p->k + 31) / 32) * 64 * stored || p->meta.numel != tiles * groups * 16 * (p->asym ? 2 : 1))
         return "cpu: packed and meta do not have the sizes of such a layer";
     return NULL;

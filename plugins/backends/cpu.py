@@ -22,6 +22,7 @@ from .ops import define_product
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C ABI numbers them
 TILE, BLOCK = 16, 32  # outputs and columns that lie together
 BEST = 0  # the instruction set: the best of this machine
+FLOAT_BITS = {torch.float16: 16, torch.bfloat16: 17}  # "bits" of weights that are not quantized: QC_HALF_WEIGHT, QC_BFLOAT_WEIGHT
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
 
 
@@ -30,7 +31,8 @@ def _sizes(bits: int, n: int, k: int, group_size: int, asym: bool) -> tuple[int,
     """Bytes of packed and numbers of meta."""
     tiles, blocks = -(-n // TILE), -(-k // BLOCK)
     groups = 1 if group_size == -1 else -(-k // group_size)
-    return tiles * blocks * 64 * (bits if bits <= 4 else 8), tiles * groups * TILE * (2 if asym else 1)
+    stored = bits if bits <= 4 else 16 if bits in FLOAT_BITS.values() else 8
+    return tiles * blocks * 64 * stored, tiles * groups * TILE * (2 if asym else 1)
 
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
