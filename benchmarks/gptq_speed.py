@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcore
 from qcore import blocks, model, run
 from qcore.cli import parse_options
+from qcore.journal import Journal
 from qcore.weight import QuantizedWeight
 
 #: hidden, intermediate, heads, key-value heads
@@ -118,7 +119,7 @@ TIMED = [
     (blocks.Block, "observe", "walk"),
     (blocks.Block, "advance", "walk"),
     (run, "_quantize", "quantize, the rest"),
-    (run.Journal, "write_block", ASIDE),
+    (Journal, "write_block", ASIDE),
 ]
 
 

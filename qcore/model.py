@@ -576,3 +576,24 @@ def _set_generation_config(model: nn.Module, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         with _transformers_errors(f"{folder}/generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def vocabulary(model: nn.Module) -> int:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise ModelError(f"{type(model).__name__} does not tell the size of its vocabulary.")
+    return size
+
+
+def longest(model: nn.Module) -> int | None:
+    """The longest sequence the model's positions reach, where its config tells."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

@@ -12,7 +12,7 @@ import torch
 
 import qcore
 from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunError, run
-from qcore.run import Journal
+from qcore.journal import Journal
 from qcore.testing import random_weight
 
 TEXT = " ".join(f"The {n} quick brown foxes jump over {n * n} lazy dogs, and then they sleep." for n in range(60))
