@@ -14,19 +14,25 @@ import functools
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backend import Backend
 from .errors import ModelError
+from .plugins import installed
 from .tape import Unfit, record
 
 log = logging.getLogger(__name__)
 
 BUCKET = 128  # the cache's length is rounded up to it, so that calls of about the same length share a step
+LARGE, FEW = (
+    2**20,
+    8,
+)  # elements of a float weight, and tokens, from and up to which backends may multiply in torch's place
 LAG = 2  # steps the host runs ahead of the news that all sequences have ended
 WARM_UP = 3  # calls of a step before it is captured: compilation, then libraries that choose on first use
 
@@ -39,19 +45,44 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def accelerate(model: Any, compiled: bool | None = None) -> Any:
+def accelerate(model: Any, compiled: bool | None = None, backends: Iterable[Backend] | None = None) -> Any:
     """Make `model.generate` fast, in place, and return the model.
 
     compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache), by default on a GPU.
-    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code.
+    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code. backends: asked for faster products by large float
+    weights, such as the head; by default all that are installed.
 
     Raises ModelError for models that cannot have a static cache, and for those spread over several devices.
     """
     reason = _why_not(model)
     if reason:
         raise ModelError(f"{type(model).__name__} cannot generate fast: {reason}. Load it without fast=True.")
+    usable = installed().usable("backend").values() if backends is None else backends
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.numel() >= LARGE:
+            _lighten(module, [backend for backend in usable if not backend.unavailable()])
     model.generate = functools.partial(_generate, model, _Steps(model, compiled))
     return model
+
+
+def _lighten(linear: nn.Linear, backends: Iterable[Backend]) -> None:
+    """Have a backend multiply few tokens by a float weight, where one does it faster than torch."""
+    weight, version = linear.weight, linear.weight._version
+    product = next(filter(None, (backend.float_product(weight.detach()) for backend in backends)), None)
+    if product is None:
+        return
+
+    def forward(input: Tensor) -> Tensor:
+        same = linear.weight is weight and weight._version == version
+        plain = input.dtype == weight.dtype and not (
+            torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        )
+        if not (same and plain and input.numel() <= FEW * linear.in_features):
+            return nn.functional.linear(input, linear.weight, linear.bias)
+        y: Tensor = product(input)
+        return y if linear.bias is None else y + linear.bias
+
+    linear.forward = forward  # type: ignore[method-assign]
 
 
 def _why_not(model: Any) -> str | None:
