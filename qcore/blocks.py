@@ -178,31 +178,26 @@ class Block:
     def _exchange(
         self, owner_of: Mapping[str, int], found: Mapping[str, QuantizedWeight]
     ) -> dict[str, QuantizedWeight]:
-        """Return the named weights, each from the process that owns it; their records come along."""
+        """Return the named weights, each from the process that owns it; their records come along.
+
+        Hosts wait for each other, but not for what their GPUs have yet to compute.
+        """
         if self.ranks.size == 1 or not owner_of:
             return {name: found[name] for name in owner_of}
-        mine = {name: _parts(found[name], self.device) for name, owner in owner_of.items() if owner == self.ranks.rank}
-        told = self.ranks.gather(
-            {
-                name: (
-                    {part: (t.shape, t.dtype) for part, t in parts.items()},
-                    found[name].config,
-                    {key: v.item() if isinstance(v, Tensor) else v for key, v in self.records[name].items()},
-                )
-                for name, parts in mine.items()
-            }
-        )
-        results = {}
-        for name, owner in owner_of.items():
-            layout, config, self.records[name] = told[owner][name]
-            parts = mine.get(name) or {
-                part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()
-            }
-            self.ranks.send(list(parts.values()), owner)
-            if "bias" in parts:
-                parts["bias"] = parts["bias"].cpu()
-            results[name] = found[name] if name in mine else QuantizedWeight.from_tensors(parts, config)
-        return results
+        own = [name for name, owner in owner_of.items() if owner == self.ranks.rank]
+        mine = {name: _parts(found[name], self.records[name], self.device) for name in own}
+        told = self.ranks.gather({name: _described(mine[name], found[name].config, self.records[name]) for name in own})
+        results: dict[str, QuantizedWeight] = {}
+        for owner in sorted(set(owner_of.values())):
+            parts = mine if owner == self.ranks.rank else {
+                name: {part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()}
+                for name, (layout, _, _) in told[owner].items()
+            }  # fmt: skip
+            self.ranks.send([tensor for each in parts.values() for tensor in each.values()], owner)
+            for name, (_, config, facts) in told[owner].items():
+                self.records[name] = {key: parts[name].pop(f"{FACT}{key}", fact) for key, fact in facts.items()}
+                results[name] = found[name] if owner == self.ranks.rank else _from_parts(parts[name], config)
+        return {name: results[name] for name in owner_of}
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
@@ -427,8 +422,15 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
-    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`."""
+#: in front of a fact's name among the parts of a weight
+FACT = "fact."
+
+
+def _parts(weight: QuantizedWeight, facts: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`.
+
+    With it go the facts recorded of it that are tensors.
+    """
     parts = {
         "codes": pack(weight.codes, weight.bits),
         "scales": weight.scales,
@@ -437,7 +439,20 @@ def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
     }
     if weight.bias is not None:
         parts["bias"] = weight.bias
+    parts |= {f"{FACT}{key}": fact for key, fact in facts.items() if isinstance(fact, Tensor)}
     return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
+
+
+def _described(parts: Mapping[str, Tensor], config: QuantConfig, facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what another process needs to know to receive `_parts`; facts that are tensors stand as None."""
+    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in parts.items()}
+    return layout, config, {key: None if isinstance(fact, Tensor) else fact for key, fact in facts.items()}
+
+
+def _from_parts(parts: dict[str, Tensor], config: QuantConfig) -> QuantizedWeight:
+    if "bias" in parts:
+        parts["bias"] = parts["bias"].cpu()
+    return QuantizedWeight.from_tensors(parts, config)
 
 
 class _OriginalWeights:

@@ -99,7 +99,21 @@ class Journal:
                         "Run with the same settings to resume it, or start over with fresh=True (--fresh)."
                     )
         write_json(path, current)
+        if not self._blocks():
+            (self.path / "batches.json").unlink(missing_ok=True)
         return len(self._blocks())
+
+    def note_most(self, block: int, size: int) -> None:
+        """Keep how many sequences a batch had from this block on, after memory ran out: a resumed run adds up in the same order."""
+        write_json(self.path / "batches.json", self._most() | {str(block): size})
+
+    def most_at(self, block: int, size: int) -> int:
+        """Return how many sequences a batch may have at this block, `size` at most."""
+        return min([size, *(most for first, most in self._most().items() if int(first) <= block)])
+
+    def _most(self) -> dict[str, int]:
+        path = self.path / "batches.json"
+        return read_json(path) if path.is_file() else {}
 
     def _blocks(self) -> list[Path]:
         return sorted(self.path.glob("block-*.safetensors"))

@@ -58,13 +58,18 @@ class _Inputs:
             job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, self.batches, job.device, job.dtype, keep
         )  # fmt: skip
 
+    @property
+    def size(self) -> int:
+        """Sequences of the largest batch."""
+        return max(len(ids) for ids, _ in self.batches)
+
     def shrink(self, reason: str) -> None:
         """Halve the batches after memory ran out, or, when they hold one sequence each, move hidden states off the GPU.
 
         Raises RunError when neither is left to do. What changes is the order of floating point sums.
         """
         streams = [stream for stream in (self.captured.stream, self.float_inputs) if stream is not None]
-        size = max(len(ids) for ids, _ in self.batches)
+        size = self.size
         fixed = self.job.algorithm.batch_size is not None or self.job.ranks.deterministic or self.job.ranks.size > 1
         if fixed or (size == 1 and self.keep != "device"):
             raise RunError(
@@ -109,8 +114,13 @@ def _halves(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
 class _Work:
     """A block under work, or several that run as one: set up, and set up anew with smaller batches when memory runs out."""
 
-    def __init__(self, job: Job, indices: Sequence[int], inputs: _Inputs | None) -> None:
-        self.job, self.indices, self.inputs = job, indices, inputs
+    def __init__(
+        self, job: Job, indices: Sequence[int], inputs: _Inputs | None, journal: Journal | None = None
+    ) -> None:
+        self.job, self.indices, self.inputs, self.journal = job, indices, inputs, journal
+        alone = job.ranks.size == 1
+        while inputs and journal and alone and inputs.size > journal.most_at(indices[0], inputs.size):
+            inputs.shrink("as it did when this run was here before")
         self.block = self._set_up()
 
     def _set_up(self) -> walk.Block:
@@ -131,6 +141,8 @@ class _Work:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             del self.block  # and, with the error, all that it held
             self.inputs.shrink(reason)
+            if self.journal:
+                self.journal.note_most(self.indices[0], self.inputs.size)
             self.block = self._set_up()
 
 
@@ -147,7 +159,7 @@ def quantize_blocks(
         for first in range(0, len(job.blocks), at_once):
             indices = list(range(first, min(first + at_once, len(job.blocks))))
             try:
-                work = _Work(job, indices, inputs)
+                work = _Work(job, indices, inputs, journal)
                 for index in range(indices[-1] + 1, min(indices[-1] + 1 + at_once, len(job.blocks))):
                     job.weights.expect(job.blocks[index][0], job.device)
                 restored = [journal.read_block(index) if journal else None for index in indices]
