@@ -144,3 +144,31 @@ def test_matmul_cpu_times_every_column_beside_the_others(monkeypatch, capsys, tm
     }  # fmt: skip
     assert all(len(times) == 2 and min(times) > 0 for times in found.values())
     assert capsys.readouterr().out.count("\n") == 2 + len(found)
+
+
+def test_generation_on_a_cpu_is_measured_beside_float_weights(llama_folder, tmp_path, monkeypatch, capsys):
+    out, found = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out"), tmp_path / "found.json"
+    arguments = [
+        "generation_cpu.py",
+        out,
+        "--new-tokens",
+        3,
+        "--prompt-tokens",
+        5,
+        "--repeat",
+        1,
+        "--threads",
+        1,
+        "--json",
+        found,
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    before = torch.get_num_threads()
+    try:
+        script("generation_cpu").main()
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads(found.read_text())["rows"]
+    assert list(rows) == ["float32 weights", "bfloat16 weights", "qcore", "qcore, fast", "qcore, fast, bfloat16"]
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
