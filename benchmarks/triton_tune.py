@@ -15,7 +15,8 @@ import sys
 from functools import partial
 
 import torch
-from qcore_plugins.backends import triton as backend
+from qcore_plugins.backends import triton_configs
+from qcore_plugins.backends.triton_configs import Config
 
 from qcore import MatmulSpec, QuantConfig
 from qcore.plugins import installed
@@ -30,11 +31,11 @@ def products(columns: int, out: int) -> list[bench.Product]:
     return bench.packed_products(installed().get("backend", "triton"), spec)
 
 
-def candidates(m: int) -> list[backend.Config]:
+def candidates(m: int) -> list[Config]:
     """Everything worth trying for m tokens."""
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     shapes = itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
-    return [backend.Config(rows, n, warps, stages, 0) for n, warps, stages in shapes if n * rows >= 256 * warps]
+    return [Config(rows, n, warps, stages, 0) for n, warps, stages in shapes if n * rows >= 256 * warps]
 
 
 PROGRAMS = (264, 528, 1056, 2112)
@@ -47,7 +48,7 @@ def compile_share(tokens: list[int], share: int, of: int) -> None:
         x = torch.randn(m, 4096, device="cuda", dtype=torch.float16)
         for config in candidates(m)[share::of]:
             for programs in (1, 2112):  # alone and sharing output tiles
-                backend.config_for = lambda *_, c=config, p=programs: c._replace(programs=p)
+                triton_configs.config_for = lambda *_, c=config, p=programs: c._replace(programs=p)
                 product(x)
 
 
@@ -64,13 +65,13 @@ def main() -> None:
     for process in [subprocess.Popen([*command, str(share)]) for share in range(arguments.workers)]:
         process.wait()
     for m in tokens:
-        found: dict[backend.Config, list[float]] = {}
+        found: dict[Config, list[float]] = {}
         for K, N in bench.SHAPES:
             calls = products(K, N)
             x = torch.randn(m, K, device="cuda", dtype=torch.float16)
             for config, programs in itertools.product(candidates(m), PROGRAMS):
                 chosen = config._replace(programs=programs)
-                backend.config_for = lambda *_, c=chosen: c
+                triton_configs.config_for = lambda *_, c=chosen: c
                 found.setdefault(chosen, []).append(bench.microseconds([partial(p, x) for p in calls], GPU))
         mean = {config: math.exp(sum(map(math.log, times)) / len(times)) for config, times in found.items()}
         best = [min(times[i] for times in found.values()) for i in range(len(bench.SHAPES))]

@@ -6,7 +6,7 @@
 //
 // THE CONVERSION. A code q in the low nibble of a half word under the exponent of 64 reads 64 + q / 16, in the second nibble under that
 // of 4 it reads 4 + q / 16; less the zero in the same form that is (q - zero) / 16, exactly. The sixteenth keeps sums of eight products
-// within float16 while |x| <= 8188: they are taken in half2, four columns to each half of a pair, then added in float32.
+// within float16 while |x| <= 8188: they are taken in half2, eight columns to each half of a pair, then added in float32.
 //
 // THE ORDER. Warps, then blocks of one tile of outputs, add their sums in a fixed order: the block that arrives last does it.
 #include <cuda_fp16.h>

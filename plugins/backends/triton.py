@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 from functools import cache
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,34 +20,15 @@ from torch.nn import functional as F
 
 from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hookimpl, speed_at
 
+from . import triton_configs
 from .columns import layout, packed_group_size
+from .triton_configs import Config
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDTHS = (2, 3, 4, 8)
 ALIGN = 128  # outputs are padded to it: no kernel masks its reads of weights
 FUSED_MAX = 64
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
-
-
-class Config(NamedTuple):
-    """How a product is cut up: outputs and tokens a program makes, warps it has, loads in flight, programs along K."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: (
-        int  # aimed at in all, a multiple of what the GPU runs at once; how many share an output tile follows from it
-    )
-
-
-def config_for(m: int, size: int) -> Config:
-    """The best on an H200 over four shapes (benchmarks/triton_tune.py); elsewhere a sound guess. size: codes in the weight."""
-    if m <= 16:
-        return Config(16, 64, 4, 2, 1056 if size > 1 << 27 else 528)
-    if m <= 32:
-        return Config(32, 64, 4, 2, 528)
-    return Config(64, 128, 4, 2, 264)
 
 
 def fitting(config: Config, bits: int, sub: int, limit: float) -> Config:
@@ -132,6 +114,17 @@ def _launch_sizes(bits: int, group_size: int, columns: int) -> tuple[int, int, i
     return *_shape(bits), lanes(bits, columns), columns if group_size == -1 else group_size
 
 
+def _run(bits: int, sub: int, group_size: int, groups: int) -> int:
+    """Codes of a lane in a row that share a group: of the whole lane, or of its halves where a lane is one word.
+
+    >>> _run(4, 32, 128, 32), _run(4, 16, 32, 18), _run(3, 32, 96, 10)
+    (4, 2, 1)
+    """
+    words, codes = _shape(bits)
+    most = codes if words > 1 else codes // 2
+    return most if groups == 1 else gcd(group_size // sub, most)
+
+
 def _check(
     x: Tensor, width: int, words: Tensor, scales: Tensor, zeros: Tensor, bits: int, columns: int, outputs: int
 ) -> None:
@@ -162,11 +155,12 @@ def _weight(words, scales, zeros, bits, group_size, columns, outputs, dtype) -> 
     return weight
 
 
-def _fused(rows, words, scales, zeros, arrived, bits, group_size, columns, outputs) -> Tensor:  # type: ignore[no-untyped-def]
-    """Return rows [m, columns] @ W.T [m, outputs] by the fused kernel."""
+def _fused(rows, words, scales, zeros, arrived, bits, group_size, columns, outputs, config=None) -> Tensor:  # type: ignore[no-untyped-def]
+    """Return rows [m, columns] @ W.T [m, outputs] by the fused kernel, with a Config or the one that is known for such products."""
     m = rows.shape[0]
     per_word, codes, sub, size = _launch_sizes(bits, group_size, columns)
-    config = fitting(config_for(m, columns * outputs), bits, sub, _shared_memory(words.device))
+    config = config or triton_configs.config_for(m, columns * outputs, bits, words.device)
+    config = fitting(config, bits, sub, _shared_memory(words.device))
     across, tiles = -(-outputs // config.block_n), words.shape[0]
     down = -(-m // config.block_m)
     split = max(1, min(tiles, config.programs // (across * down), 16))
@@ -175,6 +169,7 @@ def _fused(rows, words, scales, zeros, arrived, bits, group_size, columns, outpu
     _kernels().matmul[(across, split, down)](
         rows, words, scales, zeros, y, sums, arrived, m, outputs, columns, tiles, rows.stride(0), words.shape[3], size,
         BITS=bits, WORDS=per_word, CODES=codes, SUB=sub, ZERO=-1 if zeros.numel() else grid.symmetric_zero(bits),
+        RUN=_run(bits, sub, size, scales.shape[0]),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split > 1, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
@@ -328,13 +323,16 @@ class TritonBackend(Backend):
         )
         # one counter for each output tile of a fused product, zero between products
         arrived = torch.zeros(-(-FUSED_MAX // 16) * -(-weight.out_features // 16), dtype=torch.int32, device=device)
-        return {
+        buffers = {
             "words": pack_tiles(codes, bits, lanes(bits, codes.shape[1])),
             "scales": side(scales),
             "zeros": zeros,
             "perm": torch.empty(0, dtype=torch.int64, device=device) if perm is None else perm,
             "arrived": arrived,
         }
+        if triton_configs.is_needed(spec.tokens, bits, arrived.device):
+            _search(buffers, spec, codes.shape[1])
+        return buffers
 
     def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
         """Multiply; within autocast x takes the dtype of the layer, as torch's own linears have it."""
@@ -346,6 +344,27 @@ class TritonBackend(Backend):
             packed_group_size(config.group_size, spec.in_features), spec.in_features, spec.out_features,
         )  # fmt: skip
         return y
+
+
+def _search(buffers: dict[str, Tensor], spec: MatmulSpec, columns: int) -> None:
+    """Find the configuration for such products here, on copies of a weight that together do not fit the GPU's cache."""
+    words, scales, zeros, arrived = (buffers[name] for name in ("words", "scales", "zeros", "arrived"))
+    cache_size = torch.cuda.get_device_properties(spec.device).L2_cache_size
+    copies = [words] + [words.clone() for _ in range(min(15, 2 * cache_size // words.nbytes))]
+    x = torch.randn(spec.tokens, columns, device=spec.device).to(spec.dtype)
+    numbers = (
+        spec.config.bits,
+        packed_group_size(spec.config.group_size, spec.in_features),
+        columns,
+        spec.out_features,
+    )
+    turn = itertools.cycle(copies)
+
+    def run(config: Config) -> None:
+        _fused(x, next(turn), scales, zeros, arrived, *numbers, config)
+
+    with _on_its_device(x):
+        triton_configs.search(spec.tokens, spec.config.bits, words.device, run)
 
 
 @hookimpl

@@ -32,6 +32,31 @@ def _code(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _number(bits, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """What codes in the low 16 bits are as DTYPE, plus _offset: or-ed into the mantissa of 1024 (float16) or 128 (bfloat16)."""
+    if tl.float16 == DTYPE:
+        return (bits | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif BITS <= 4:
+        return (bits | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return (bits & 0xFF).to(tl.float32)
+
+
+@triton.jit
+def _offset(BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """What _number adds."""
+    offset: tl.constexpr = 1024.0 if tl.float16 == DTYPE else 128.0 if BITS <= 4 else 0.0
+    return offset
+
+
+@triton.jit
+def _less_zero(bits, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """code - zero as DTYPE, exactly, for codes in the low 16 bits and zero [n] with _offset added."""
+    value = _number(bits, BITS, DTYPE)
+    return (value - zero[None, :].to(value.dtype)).to(DTYPE)
+
+
+@triton.jit
 def _weight(code, scale, zero, DTYPE: tl.constexpr):
     """scale * (code - zero) as DTYPE, for codes [SUB, n] and scale, zero [n]."""
     if tl.float16 == DTYPE:
@@ -54,18 +79,36 @@ def _words(words, tile, lane, n, WORDS: tl.constexpr, SUB: tl.constexpr, stride)
     return w0, w1, w2
 
 
+@triton.jit
+def _grid(scales, zeros, first, K, group_size, n, stride, ZERO: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Scale and zero [n] of the columns from `first` on, the zero with _offset added."""
+    group = tl.minimum(first, K - 1) // group_size
+    scale = tl.load(scales + group * stride + n).to(tl.float32)
+    zero = tl.full(n.shape, ZERO + _offset(BITS, DTYPE), dtype=tl.float32)
+    if ZERO < 0:
+        zero = tl.load(zeros + group * stride + n).to(tl.float32) + _offset(BITS, DTYPE)
+    return scale, zero
+
+
+@triton.jit
+def _inputs(x_row, k, M, K, m):
+    return tl.load(x_row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
+
+
 @triton.jit(do_not_specialize=["M", "N", "tiles", "group_size"])  # or each shape would be compiled anew
 def matmul(
     x, words, scales, zeros, y, sums, arrived, M, N, K, tiles, stride_x, stride, group_size,
-    BITS: tl.constexpr, WORDS: tl.constexpr, CODES: tl.constexpr, SUB: tl.constexpr, ZERO: tl.constexpr,
+    BITS: tl.constexpr, WORDS: tl.constexpr, CODES: tl.constexpr, SUB: tl.constexpr, ZERO: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] @ W.T. words: [tiles, WORDS, SUB, stride]; scales, zeros: [groups, stride].
 
-    ZERO: the zero of a symmetric grid, or -1 to read `zeros`. sums: float32 [programs along K, M, N]; arrived: int32, one for
-    each output tile, zero before and after.
+    ZERO: the zero of a symmetric grid, or -1 to read `zeros`. RUN: so many codes of a lane in a row share a group (for widths of
+    one word, of either half of its codes): their products with code - zero are summed, then take the scale. sums: float32 [programs
+    along K, M, N]; arrived: int32, one for each output tile, zero before and after.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
+    MASK: tl.constexpr = (1 << BITS) - 1
     pid_n, pid_k, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,16 +119,33 @@ def matmul(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for tile in range(pid_k * share, tl.minimum(tiles, (pid_k + 1) * share)):
         w0, w1, w2 = _words(words, tile, lane, n, WORDS, SUB, stride)
-        for j in tl.static_range(CODES):
-            first = (tile * CODES + j) * SUB
-            k = first + lane
-            a = tl.load(x_row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-            group = tl.minimum(first, K - 1) // group_size
-            scale = tl.load(scales + group * stride + n)
-            zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
-            if ZERO < 0:
-                zero = tl.load(zeros + group * stride + n).to(tl.float32)
-            acc = tl.dot(a, _weight(_code(w0, w1, w2, j, BITS), scale, zero, DTYPE), acc)
+        if WORDS == 1:  # two codes, 16 bits apart, leave their word with one shift and one mask
+            HALF: tl.constexpr = CODES // 2
+            for j in tl.static_range(HALF):
+                low = (tile * CODES + j) * SUB
+                high = low + HALF * SUB
+                if j % RUN == 0:
+                    scale_low, zero_low = _grid(scales, zeros, low, K, group_size, n, stride, ZERO, BITS, DTYPE)
+                    scale_high, zero_high = _grid(scales, zeros, high, K, group_size, n, stride, ZERO, BITS, DTYPE)
+                    sum_low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                    sum_high = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                both = (w0 >> (j * BITS)) & (MASK | MASK << 16)
+                weight = _less_zero(both & 0xFFFF, zero_low, BITS, DTYPE)
+                sum_low = tl.dot(_inputs(x_row, low + lane, M, K, m), weight, sum_low)
+                weight = _less_zero(both >> 16, zero_high, BITS, DTYPE)
+                sum_high = tl.dot(_inputs(x_row, high + lane, M, K, m), weight, sum_high)
+                if (j + 1) % RUN == 0:
+                    acc += sum_low * scale_low[None, :] + sum_high * scale_high[None, :]
+        else:
+            for j in tl.static_range(CODES):
+                first = (tile * CODES + j) * SUB
+                if j % RUN == 0:
+                    scale, zero = _grid(scales, zeros, first, K, group_size, n, stride, ZERO, BITS, DTYPE)
+                    sum_run = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                weight = _less_zero(_code(w0, w1, w2, j, BITS), zero, BITS, DTYPE)
+                sum_run = tl.dot(_inputs(x_row, first + lane, M, K, m), weight, sum_run)
+                if (j + 1) % RUN == 0:
+                    acc += sum_run * scale[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]
     if SPLIT:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from qcore_plugins.algorithms import autoround
+from qcore_plugins.algorithms import autoround, autoround_start
 
 from qcore import QuantConfig
 
@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 INTERPRETED = """
 import torch
 from qcore import QuantConfig
-from qcore_plugins.algorithms import autoround
+from qcore_plugins.algorithms import autoround, autoround_start
 
 def made(W, config, dtype, fused):
     generator = torch.Generator().manual_seed(1)
-    start = autoround.covering_start(W, config)
+    start = autoround_start.covering_start(W, config)
     start.scales, start.zeros = (x.t().contiguous().t() for x in (start.scales, start.zeros))  # as GPTQ leaves them
     r = autoround.Rounding(start, config)
     r.alpha.uniform_(0.7, 1, generator=generator)
@@ -98,7 +98,7 @@ def test_on_a_gpu_it_is_the_references_step_but_for_sums(sym: bool, group_size: 
     config = QuantConfig(bits=4, sym=sym, group_size=group_size)
     generator = torch.Generator("cuda").manual_seed(0)
     W, G = (torch.randn(256, 1000, device="cuda", generator=generator) for _ in range(2))
-    ours, reference = (autoround.Rounding(autoround.covering_start(W, config), config) for _ in range(2))
+    ours, reference = (autoround.Rounding(autoround_start.covering_start(W, config), config) for _ in range(2))
     reference.fused = None
     weights = torch.empty_like(W), torch.empty_like(W)
     for r, weight in zip((ours, reference), weights, strict=True):

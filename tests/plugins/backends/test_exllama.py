@@ -147,6 +147,13 @@ def layer(backend, group_size=128, sym=True, act_order=False, columns=1024, out=
     return weight.to("cuda").dequantize(torch.float64), lambda x: backend.matmul(x, buffers, spec)
 
 
+def assert_within_bound(y, x, W):
+    """At most eight roundings to float16 for each product (sums of eight columns in half2), one of the output: whatever cancels."""
+    unit = torch.finfo(torch.float16).eps / 2
+    exact, most = x.double() @ W.t(), x.double().abs() @ W.abs().t()
+    assert ((y.double() - exact).abs() <= unit * (exact.abs() + 8 * most) + 1e-7).all()
+
+
 @pytest.mark.gpu
 def test_it_conforms(backend):
     assert check_backend(backend, "cuda", (torch.float16,)) == 4 * 2
@@ -164,7 +171,9 @@ def test_any_layer_is_right_and_repeats_bit_for_bit(backend, columns, out, group
         x = torch.randn(m, columns, device="cuda", dtype=torch.float16)
         y, expected = multiply(x), x.double() @ W.t()
         assert y.shape == expected.shape
-        assert (y.double() - expected).norm() <= 1.5e-3 * expected.norm(), m
+        assert_within_bound(y, x, W)
+        if out > 100:  # with few outputs the sum itself may cancel
+            assert (y.double() - expected).norm() <= 1.5e-3 * expected.norm(), m
         for _ in range(3):
             assert torch.equal(multiply(x), y), m
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcore_plugins.backends import triton as backend_module
+from qcore_plugins.backends import triton_configs
+from qcore_plugins.native import cache_folder
 
 from qcore import BackendError, MatmulSpec, QuantConfig
 from qcore.plugins import installed
@@ -85,7 +88,7 @@ words, codes = {4: (1, 8), 8: (1, 4), 2: (1, 16), 3: (3, 32)}[bits]
 kernel = triton_kernels.matmul
 scale = "fp16" if dtype == "fp16" else "fp32"
 types = dict(x=f"*{dtype}", words="*i32", scales=f"*{scale}", zeros="*fp16", y=f"*{dtype}", sums="*fp32", arrived="*i32")
-constants = dict(BITS=bits, WORDS=words, CODES=codes, SUB=32, ZERO=8, BLOCK_M=block_m, BLOCK_N=64, SPLIT=True)
+constants = dict(BITS=bits, WORDS=words, CODES=codes, SUB=32, ZERO=8, RUN=2, BLOCK_M=block_m, BLOCK_N=64, SPLIT=True)
 signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
 target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, warp)
 compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": 4, "num_stages": 2})
@@ -200,8 +203,118 @@ def test_every_number_of_tokens_is_right_on_a_gpu(bits: int) -> None:
 @pytest.mark.parametrize("limit", [227, 163, 99, 64])  # KiB: sm_90, sm_80, sm_89, gfx942
 def test_configurations_are_made_to_fit_the_shared_memory_there_is(bits: int, limit: int) -> None:
     for m in (1, 17, 64):
-        found = backend_module.fitting(backend_module.config_for(m, 1 << 24), bits, 32, limit * 1024)
+        found = backend_module.fitting(triton_configs.SOUND[triton_configs.bucket_of(m)], bits, 32, limit * 1024)
         words, codes = backend_module._shape(bits)
         held = found.stages * 32 * (2 * codes * found.block_m + 4 * words * found.block_n)
         assert held <= limit * 1024 or (found.stages, found.block_m) == (1, 16)
         assert found.block_m >= 16
+
+
+# ---- configurations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_gpu(monkeypatch, tmp_path):
+    """A GPU that nothing is shipped for, with an empty cache; returned: what takes seconds, by configuration."""
+    monkeypatch.setenv("QCORE_CACHE", str(tmp_path))
+    monkeypatch.delenv("QCORE_TRITON_SEARCH", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4/80GB")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=108)
+    )
+    triton_configs._kept.cache_clear()
+    yield torch.device("cuda", 0)
+    triton_configs._kept.cache_clear()
+
+
+def found_by_search(device, seconds, m=1, bits=4):
+    """Search with a clock of its own: `seconds` of a configuration, or what it raises; returns the best and what was tried."""
+    tried = []
+
+    def run(config):
+        tried.append(config)
+        taken = seconds(config)
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    return triton_configs.search(m, bits, device, run, timed=lambda call: call()), tried
+
+
+def test_what_was_measured_is_shipped_and_never_searched(another_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert not triton_configs.is_needed(1, 4, another_gpu)
+    small, large = (triton_configs.config_for(1, size, 4, another_gpu) for size in (1 << 24, 1 << 28))
+    assert small == triton_configs.SHIPPED[9, 0][16]
+    assert large == small._replace(programs=2 * small.programs)
+    assert triton_configs.config_for(17, 1 << 24, 4, another_gpu) == triton_configs.SHIPPED[9, 0][32]
+
+
+def test_a_search_on_another_gpu_is_kept_for_later_processes(another_gpu):
+    assert triton_configs.is_needed(1, 4, another_gpu)
+    assert triton_configs.config_for(1, 1 << 24, 4, another_gpu) == triton_configs.SOUND[16]
+    best, tried = found_by_search(another_gpu, lambda config: abs(config.block_n - 128) + config.warps)
+    assert best == triton_configs.CANDIDATES[16][4]._replace(programs=4 * 108)
+    assert len(tried) == len(triton_configs.CANDIDATES[16])
+    found_by_search(another_gpu, lambda config: -config.stages, m=64, bits=8)
+    triton_configs._kept.cache_clear()  # as a new process
+    assert not triton_configs.is_needed(16, 4, another_gpu)
+    assert triton_configs.is_needed(32, 4, another_gpu)
+    assert triton_configs.is_needed(1, 8, another_gpu)
+    assert triton_configs.config_for(3, 1 << 24, 4, another_gpu) == best
+    assert triton_configs.config_for(64, 1 << 24, 8, another_gpu).stages == 3
+    assert [path.name for path in (cache_folder()).iterdir()] == [triton_configs.kept_in(another_gpu).name]
+    assert "nvidia-a100-sxm4-80gb" in triton_configs.kept_in(another_gpu).name
+
+
+def test_a_search_passes_over_what_does_not_run_and_ends_in_time(another_gpu, monkeypatch):
+    out_of_memory = RuntimeError("out of resource: shared memory")
+    best, _ = found_by_search(another_gpu, lambda config: 1.0 if config.warps == 8 else out_of_memory)
+    assert best.warps == 8
+    assert found_by_search(another_gpu, lambda config: out_of_memory, m=64)[0] == triton_configs.SOUND[64]
+    monkeypatch.setattr(triton_configs, "SEARCH_SECONDS", -1.0)
+    best, tried = found_by_search(another_gpu, lambda config: 1.0, m=32)
+    assert [best] == tried
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"4,16": [16, 64, 4]}', '{"4,16": [7, 7, 7, 7, 7]}', '{"4": 1}', '{"4,16": null}']
+)
+def test_a_broken_file_of_configurations_is_as_none(another_gpu, text):
+    path = triton_configs.kept_in(another_gpu)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert triton_configs.is_needed(1, 4, another_gpu)
+    best, _ = found_by_search(another_gpu, lambda config: 1.0)
+    triton_configs._kept.cache_clear()
+    assert triton_configs.config_for(1, 1 << 24, 4, another_gpu) == best
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_next_process_a_search(another_gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QCORE_CACHE", str(tmp_path / "file"))
+    best, _ = found_by_search(another_gpu, lambda config: 1.0)
+    assert triton_configs.config_for(1, 1 << 24, 4, another_gpu) == best
+
+
+def test_the_search_can_be_left_out(another_gpu, monkeypatch):
+    monkeypatch.setenv("QCORE_TRITON_SEARCH", "0")
+    assert not triton_configs.is_needed(1, 4, another_gpu)
+    assert not triton_configs.is_needed(65, 4, another_gpu)
+
+
+@pytest.mark.gpu
+def test_a_search_runs_when_a_layer_is_prepared(monkeypatch, tmp_path):
+    monkeypatch.setenv("QCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_configs, "SHIPPED", {})
+    monkeypatch.setattr(triton_configs, "CANDIDATES", {16: triton_configs.CANDIDATES[16][:2]})
+    triton_configs._kept.cache_clear()
+    weight = random_weight(512, 1024, QuantConfig(bits=4, group_size=128, sym=True))
+    layer = MatmulSpec(weight.config, 1024, 512, False, torch.float16, torch.device("cuda", 0))
+    buffers = BACKEND.prepare(weight, layer)
+    assert triton_configs.kept_in(layer.device).is_file()
+    x = torch.randn(3, 1024, device="cuda", dtype=torch.float16)
+    expected = x.double() @ weight.to("cuda").dequantize(torch.float64).t()
+    assert (BACKEND.matmul(x, buffers, layer).double() - expected).norm() <= 2e-3 * expected.norm()
+    triton_configs._kept.cache_clear()
