@@ -1,11 +1,13 @@
-"""Fast generation: the same tokens as transformers' own loop, on the CPU, where a step is compiled or runs as it is."""
+"""Fast generation: the same tokens as transformers' own loop, on the CPU, where a step is recorded, compiled or runs as it is."""
 
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import qcore
 from qcore import BackendError, ModelError, QuantLinear, fast
+from qcore.tools.bench import FloatBackend
 
 LEFT_PADDED = torch.tensor([[2, 3, 4, 5, 6, 7], [0, 0, 8, 9, 10, 11]])
 MASK = (LEFT_PADDED > 0).long()
@@ -145,6 +147,33 @@ def test_windows_are_kept_within_them_and_beyond(name):
     fast.accelerate(model, compiled=False)
     for each, tokens in zip(settings, expected, strict=True):
         assert torch.equal(generate(model, **each), tokens), each
+
+
+def test_large_float_weights_are_multiplied_by_a_backend_until_they_change(monkeypatch):
+    class Halving(FloatBackend):
+        def float_product(self, weight):
+            asked.append(weight.shape)
+            return lambda x: calls.append(x.shape) or nn.functional.linear(x, weight)
+
+    asked, calls = [], []
+    monkeypatch.setattr(fast, "LARGE", 320 * 64)
+    model = zoo.build("llama")
+    expected = generate(model)
+    fast.accelerate(model, backends=[Halving(torch.float32)])
+    assert torch.equal(generate(model), expected)
+    assert set(asked) == {(320, 64)}
+    assert calls
+    head, x = model.lm_head, torch.randn(1, 64)
+    calls.clear()
+    head(torch.randn(fast.FEW + 1, 64))  # many tokens
+    head(x.requires_grad_())
+    assert not calls
+    with torch.no_grad():
+        head(x)
+        assert len(calls) == 1
+        head.weight.mul_(2)
+        assert torch.equal(head(x), nn.functional.linear(x, head.weight))
+    assert len(calls) == 1
 
 
 def test_a_cache_of_another_kind_is_left_to_transformers(caplog):
