@@ -127,7 +127,7 @@ def find() -> Path:
     beside, cached = CPU.sources / CPU.file, CPU.cached(platform.machine())
     if named:
         return named
-    if beside.is_file() and CPU.open(beside).qc_source().decode() == CPU.source_hash():
+    if beside.is_file() and _compiled_from(beside, beside.stat().st_mtime_ns) == CPU.source_hash():
         return beside
     if cached.is_file():
         return cached
@@ -135,6 +135,13 @@ def find() -> Path:
     raise BackendError(
         f"the CPU kernels are not built{stale}; run `qcore build-kernels` (needs a C compiler, takes seconds)"
     )
+
+
+@cache
+def _compiled_from(library: Path, changed: int) -> str:
+    """The hash of the sources that a library was compiled from."""
+    source: bytes = CPU.open(library).qc_source()
+    return source.decode()
 
 
 def build(report: Callable[[str], None]) -> Path:

@@ -163,12 +163,12 @@ class _Steps:
 
     def why_not(self, length: int) -> str | None:
         """Why no step can be made for sequences of this length, or None."""
-        for layer in _static_cache(self.model, length).layers:
-            if not layer.is_compileable:
-                return f"the model has cache layers of another kind ({type(layer).__name__})"
-            if layer.is_sliding and layer.max_cache_len < length:
-                return f"sequences of {length} tokens outgrow the model's window of {layer.max_cache_len}"
-        return None
+        from transformers.cache_utils import StaticLayer
+
+        other = {
+            type(layer).__name__ for layer in _static_cache(self.model, length).layers if type(layer) is not StaticLayer
+        }
+        return f"the model has cache layers of another kind ({', '.join(sorted(other))})" if other else None
 
     def get(self, rows: int, length: int) -> _Step:
         """Return a step for so many rows and tokens."""
@@ -181,9 +181,17 @@ class _Steps:
 
 
 def _static_cache(model: Any, length: int) -> Any:
+    """A cache of `length` tokens in every layer; those with a window too, as transformers' own for them counts tokens in Python,
+    which a step that is captured or recorded would not see. Their masks keep the window.
+    """
     from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-    return StaticCache(config=model.config, max_cache_len=length)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    windows = [index for index, layer in enumerate(cache.layers) if type(layer) is StaticSlidingWindowLayer]
+    for index in windows:
+        cache.layers[index] = StaticLayer(max_cache_len=length)
+    return cache
 
 
 def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -60,11 +60,29 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
         _transformers_errors(f"the model of {folder.path}"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
+        _initialized(),
     ):
         model: nn.Module = auto.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
         )
     return unfuse(model.eval())
+
+
+@contextlib.contextmanager
+def _initialized() -> Iterator[None]:
+    """Within, parameters of new modules count as initialized: transformers would spend a second on values that are nowhere."""
+    register = nn.Module.register_parameter
+
+    def marked(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+    nn.Module.register_parameter = marked  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:

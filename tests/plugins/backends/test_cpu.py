@@ -424,6 +424,56 @@ def test_without_a_library_the_reference_serves_and_the_reason_is_told(monkeypat
         qcore.backend.choose(backends, spec, "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_auto_never_walks_into_torchs_own_int4_product(dtype, m, monkeypatch):
+    """It takes tens of milliseconds on float32 and is slower than floats from 16 tokens on; here it does not run at all."""
+
+    def refused(*given):
+        raise AssertionError("torch's int4 product was called")
+
+    for name in ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
+        monkeypatch.setattr(torch, name, refused)
+    weight = random_weight(64, 128, QuantConfig(bits=4, group_size=32))
+    backends = list(installed().usable("backend").values())
+    (linear,) = qcore.linear.quant_linears([weight], [lambda: weight], backends, torch.device("cpu"), dtype, tokens=m)
+    with torch.profiler.profile() as profile:
+        y = linear(torch.randn(m, 128).to(dtype))
+    assert y.shape == (m, 64)
+    assert not [event.name for event in profile.events() if "int4" in event.name]
+
+
+# ---- weights that are not quantized --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_float_weight_is_multiplied_from_the_16_bits_that_hold_it(stored, dtype, level):
+    for n, k in ((70, 100), (16, 32), (1, 33)):
+        weight = torch.randn(n, k).to(stored).to(dtype)
+        product = BACKEND.float_product(weight)
+        for m in (1, 2, 3, 4, 9):
+            x = torch.randn(m, k).to(dtype)
+            expected = x.double() @ weight.double().t()
+            terms = x.double().abs() @ weight.double().abs().t()
+            rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+            y = product(x)
+            assert y.dtype == dtype
+            assert bool(
+                (
+                    (y.double() - expected).abs()
+                    <= (k + 8) * 2.0**-24 * terms + rounding * expected.abs() * 1.001 + 1e-7
+                ).all()
+            )
+
+
+def test_a_float_weight_that_16_bits_do_not_hold_is_left_to_torch():
+    assert BACKEND.float_product(torch.randn(16, 32)) is None
+    assert BACKEND.float_product(torch.randn(16, 32).double()) is None
+    assert BACKEND.float_product(torch.empty(16, 32, device="meta")) is None
+    assert BACKEND.float_product(torch.full((16, 32), torch.inf)) is not None
+
+
 def test_the_threads_are_those_of_torchs_openmp_where_there_is_one():
     found = hasattr(ctypes.CDLL(None), "GOMP_parallel")
     assert bool(cpu_library.openmp()) == found
