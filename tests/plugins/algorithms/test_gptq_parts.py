@@ -82,3 +82,18 @@ def test_a_hessian_from_tensor_cores_is_right_to_a_ten_thousandth(dtype):
     exact = X.double().t() @ X.double() / len(X)
     for found in (H, C):
         assert float((found.double() - exact).norm() / exact.norm()) < 3e-4
+
+
+@pytest.mark.gpu
+def test_a_hessian_on_the_host_gives_the_same_factor_in_the_memory_of_one_copy():
+    X = torch.randn(20000, 9000, device="cuda")
+    H, perm = X.t() @ X / len(X), torch.randperm(9000, device="cuda")
+    del X
+    expected, good = gptq.try_factor(H, perm, 0.1, 0.1)
+    assert bool(good)
+    H = H.cpu().pin_memory()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    U, good = gptq.try_factor(H, perm, 0.1, 0.1)
+    assert torch.equal(U, expected)
+    assert torch.cuda.max_memory_allocated() - before < 1.6 * H.numel() * H.element_size()
