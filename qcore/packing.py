@@ -119,7 +119,7 @@ def _blocks(values: Tensor, size: int) -> Tensor:
     return padded.reshape(*values.shape[:-1], -1, size)
 
 
-def roomy(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+def roomy(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return an empty tensor which, in the host's memory, Linux may give in pages of 2 MB.
 
     Large tensors come as thousands of new small pages otherwise, which take longer to get than codes to pack (18 ms for 45 MB).

@@ -147,19 +147,8 @@ def test_matmul_cpu_times_every_column_beside_the_others(monkeypatch, capsys, tm
 
 
 def test_the_solvers_find_what_the_paper_written_down_finds(monkeypatch, capsys, tmp_path):
-    arguments = [
-        "solver.py",
-        "--device",
-        "cpu",
-        "--shapes",
-        "256x64",
-        "--group-size",
-        32,
-        "--repeats",
-        1,
-        "--json",
-        tmp_path / "rows",
-    ]
+    arguments = ["solver.py", "--device", "cpu", "--shapes", "256x64", "--group-size", 32, "--repeats", 1,
+                 "--json", tmp_path / "rows"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     script("solver").main()
     rows = json.loads((tmp_path / "rows").read_text())
@@ -179,3 +168,31 @@ def test_gptq_speed_tells_where_the_time_goes(monkeypatch, capsys, tmp_path):
     assert [line.split(" {")[0] for line in lines[:2]] == ["batch_size=2", "batch_size=1"]
     parts = json.loads(lines[2])["parts s a block"]
     assert all(parts[name] > 0 for name in ("forward", "Hessians", "factorization", "solve", "fetch weights"))
+
+
+def test_generation_on_a_cpu_is_measured_beside_float_weights(llama_folder, tmp_path, monkeypatch, capsys):
+    out, found = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out"), tmp_path / "found.json"
+    arguments = [
+        "generation_cpu.py",
+        out,
+        "--new-tokens",
+        3,
+        "--prompt-tokens",
+        5,
+        "--repeat",
+        1,
+        "--threads",
+        1,
+        "--json",
+        found,
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    before = torch.get_num_threads()
+    try:
+        script("generation_cpu").main()
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads(found.read_text())["rows"]
+    assert list(rows) == ["float32 weights", "bfloat16 weights", "qcore", "qcore, fast", "qcore, fast, bfloat16"]
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)

@@ -322,7 +322,7 @@ def speed(
         started = time.perf_counter()
         model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=num_beams, max_new_tokens=tokens,
-            min_new_tokens=tokens, pad_token_id=0, **settings,
+            eos_token_id=embeddings.num_embeddings, pad_token_id=0, **settings,  # no such token: none ends it
         )  # fmt: skip
         _wait()
         return time.perf_counter() - started

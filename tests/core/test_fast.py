@@ -58,7 +58,7 @@ def test_a_step_is_kept_for_calls_that_fit_it():
 def test_a_compiled_step_gives_them_too():
     model = zoo.build("llama", num_hidden_layers=1)
     expected = generate(model)
-    fast.accelerate(model)
+    fast.accelerate(model, compiled=True)
     assert torch.equal(generate(model), expected)
     step = model.generate.args[1]._step
     assert step._run != step._eager
@@ -74,7 +74,7 @@ def test_a_step_that_does_not_compile_runs_as_it_is_and_says_so(monkeypatch, cap
     monkeypatch.setattr(torch, "compile", failing)
     model = zoo.build("llama")
     expected = generate(model)
-    fast.accelerate(model)
+    fast.accelerate(model, compiled=True)
     assert torch.equal(generate(model), expected)
     assert "torch.compile failed" in caplog.text
     assert "(no compiler)" in caplog.text
