@@ -113,8 +113,9 @@ class Rtn(Algorithm):
                 weight = round_to_nearest(
                     linear.weight, linear.config, self.params.grid, power.get(group[0]), linear.bias
                 )
-                difference = weight.dequantize() - linear.weight.float()
-                block.record(name, error=float(difference.norm() / linear.weight.float().norm().clamp_min(1e-30)))
+                W, difference = linear.weight.float(), weight.dequantize()
+                error = difference.sub_(W).norm() / W.norm().clamp_min(1e-30)
+                block.record(name, error=float(error))
                 results[name] = weight
         return results
 

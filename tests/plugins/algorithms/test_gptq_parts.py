@@ -63,7 +63,9 @@ def test_panels_cover_all_columns_and_never_cut_a_group_that_begins_inside(size,
 
 
 @pytest.mark.parametrize("columns", [1, 7, 256, 300, 2100])
-def test_the_error_is_that_of_the_outputs(columns):
+@pytest.mark.parametrize("rows_at_once", [4, 100])
+def test_the_error_is_that_of_the_outputs(monkeypatch, columns, rows_at_once):
+    monkeypatch.setattr(gptq, "AT_ONCE", rows_at_once * columns)
     generator = torch.Generator().manual_seed(0)
     X, W = torch.randn(40, columns, generator=generator), torch.randn(9, columns, generator=generator)
     Q = W + 0.1 * torch.randn(9, columns, generator=generator)
