@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .plugins import Plugins, installed
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def accelerate(model: Any, compiled: bool = True) -> Any:
+def accelerate(model: Any, compiled: bool = True, plugins: Plugins | None = None) -> Any:
     """Make `model.generate` fast, in place, and return the model.
 
     compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache); without, a GPU
@@ -49,6 +50,7 @@ def accelerate(model: Any, compiled: bool = True) -> Any:
     reason = _why_not(model)
     if reason:
         raise ModelError(f"{type(model).__name__} cannot generate fast: {reason}. Load it without fast=True.")
+    (plugins or installed()).call("qcore_model_accelerated", model=model)
     model.generate = functools.partial(_generate, model, _Steps(model, compiled))
     return model
 

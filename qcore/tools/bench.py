@@ -467,4 +467,4 @@ def random_model(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(place)
     model.tie_weights()
-    return accelerate(model) if fast else model
+    return accelerate(model, plugins=plugins) if fast else model
