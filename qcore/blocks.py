@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -205,6 +205,11 @@ class Block:
         if name in self._final or any(self._position(other) > position for other in self._final):
             self._forget()  # out of order: what ran behind this linear has another input now
         self._final[name] = weight
+
+    def drop_original(self, name: str) -> None:
+        """Let go of a linear's float weight, which nothing asks for any more."""
+        linear = self.linears[name]
+        self.linears = {**self.linears, name: replace(linear, weight=linear.weight.to("meta"))}
 
     def _forget(self) -> None:
         """Drop what is kept of earlier replays."""

@@ -523,8 +523,8 @@ class AutoRound(Algorithm):
     @property
     def batch_size(self) -> int | None:
         """A step works on whole batches, or, in a run of several processes that divide one, each of them on its part."""
-        processes = Processes()
-        return self.params.bs // processes.count if self.params.bs % processes.count == 0 else self.params.bs
+        whole, rest = divmod(self.params.bs, self.processes)
+        return self.params.bs if rest else whole
 
     @property
     def blocks_at_once(self) -> int:
