@@ -634,11 +634,10 @@ def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> N
                 Hessian(columns, block.device).add(hidden.new_zeros(hidden[..., 0].numel(), columns))
 
     with ThreadPoolExecutor(2) as aside:
+        aside.submit(plain_pass)  # done with its memory by the time the compiler is loaded
         aside.submit(small_things)
-        passed = aside.submit(plain_pass)
         compiler = importlib.import_module("torch._inductor.async_compile")  # takes seconds
         getattr(compiler, "maybe_warm_pool", lambda: None)()  # so do its processes, to start
-        passed.exception()  # now its memory is free
         tuning.rehearse()
 
 
