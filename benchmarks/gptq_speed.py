@@ -30,7 +30,7 @@ from qcore_plugins.algorithms import gptq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcore
-from qcore import blocks, model, run
+from qcore import blocks, model, ranks, run
 from qcore.cli import parse_options
 from qcore.journal import Journal
 from qcore.tools.probe import _peak, _reset_peaks
@@ -125,6 +125,7 @@ TIMED = [
     (blocks.Block, "observe", "walk"),
     (blocks.Block, "advance", "walk"),
     (run, "_quantize", "quantize, the rest"),
+    *((ranks.Ranks, name, "communication") for name in ("sum", "send", "gather")),
     (Journal, "write_block", ASIDE),
 ]
 

@@ -313,7 +313,7 @@ def load(
     backend: a backend's name, a Backend object, or "auto": the fastest that can serve each layer; the
     environment variable QCORE_BACKEND says what "auto" means. dtype: of activations and of
     what is not quantized (None: as stored; float32 in place of half types on a CPU). device_map: as in accelerate.
-    fast: generate by a compiled step, captured as a CUDA graph on a GPU, and multiply linears of one input as one (qcore.fast).
+    fast: generate by a step that is compiled and captured on a GPU and recorded on a CPU, and multiply linears of one input as one (qcore.fast).
     tokens: how many most products will have, for the choice of backends: 1 for generation, many for batches and evaluation.
 
     Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer, ModelError when
@@ -329,7 +329,7 @@ def load(
         trust_remote_code=trust_remote_code, **({"together": partial(shared_inputs, plugins=plugins)} if fast else {}),
     )  # fmt: skip
     if fast:
-        accelerate(network)
+        accelerate(network, plugins=plugins)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [plain_record(layer) for layer in content.layers.values()]
@@ -380,7 +380,7 @@ def open_any(
     else:
         folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
-        network = accelerate(network) if fast else network
+        network = accelerate(network, plugins=plugins) if fast else network
     return network, load_tokenizer(path, trust_remote_code)
 
 

@@ -126,11 +126,12 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is: file, dtype, shape."""
+    """Where a tensor is: file, dtype, shape, and where in the file its bytes begin."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = 0
 
 
 def folder_config(path: Path) -> dict[str, Any]:
@@ -208,7 +209,8 @@ class ModelFolder:
             if not path.is_file():
                 raise CheckpointError(f"{self.path}: shard {file} named by {INDEX} is missing.")
             check_inside(path, self.path)
-            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
+            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:  # which checks the header
+                starts = _starts(path)
                 for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
                     if name in tensors:
                         raise CheckpointError(f"{self.path}: tensor {name} is in {tensors[name].file} and in {file}.")
@@ -218,7 +220,7 @@ class ModelFolder:
                         raise CheckpointError(
                             f"{path}: tensor {name} has dtype {view.get_dtype()}, which is not supported."
                         )
-                    tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
+                    tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()), starts[name])
         return tensors
 
     def read(self, names: Iterable[str], pinned: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -232,11 +234,15 @@ class ModelFolder:
                 raise CheckpointError(f"{self.path} has no tensor {name}.")
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, wanted in by_file.items():
-            with disk_errors(f"reading {self.path / file}"), safe_open(self.path / file, "pt") as handle:
+            with disk_errors(f"reading {self.path / file}"), (self.path / file).open("rb", buffering=0) as stream:
                 for name in wanted:
-                    stored = handle.get_tensor(name)
-                    copy = torch.empty_like(stored, pin_memory=True) if pinned else roomy(stored.shape, stored.dtype)
-                    yield name, copy.copy_(stored)
+                    info = self.tensors[name]
+                    tensor = (
+                        torch.empty(info.shape, dtype=info.dtype, pin_memory=True)
+                        if pinned
+                        else roomy(info.shape, info.dtype)
+                    )
+                    yield name, _filled(tensor, stream, info.start, name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -254,6 +260,26 @@ class ModelFolder:
     def size(self) -> int:
         """Bytes of all weight files."""
         return sum((self.path / file).stat().st_size for file in {info.file for info in self.tensors.values()})
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in a safetensors file whose header has been checked."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _filled(tensor: Tensor, stream: Any, start: int, name: str) -> Tensor:
+    """Read a tensor's bytes from where they begin in a file straight to where they shall be."""
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    stream.seek(start)
+    while len(left):
+        count = stream.readinto(left)
+        if not count:
+            raise CheckpointError(f"{stream.name} ends within tensor {name}. The file was cut short; get it anew.")
+        left = left[count:]
+    return tensor
 
 
 class ShardWriter:
@@ -675,7 +701,7 @@ class TensorExporter(FolderExporter):
         files = ModelFolder(folder)
         quantization = self.read_quantization(files)
         layers = self.layers_in(files, quantization)
-        parts = {name: _parts(name, files) for name in layers}
+        parts = _parts(layers, files)
         owned = {key for keys in parts.values() for key in keys.values()}
 
         def weight(name: str) -> QuantizedWeight:
@@ -722,12 +748,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def _parts(name: str, folder: ModelFolder) -> dict[str, str]:
-    """Tensors directly under a layer's name: suffix -> full name."""
-    prefix = f"{name}."
-    return {
-        key[len(prefix) :]: key for key in folder.tensors if key.startswith(prefix) and "." not in key[len(prefix) :]
-    }
+def _parts(layers: Iterable[str], folder: ModelFolder) -> dict[str, dict[str, str]]:
+    """Tensors directly under each layer's name: layer -> suffix -> full name."""
+    found: dict[str, dict[str, str]] = {name: {} for name in layers}
+    for key in folder.tensors:
+        name, _, suffix = key.rpartition(".")
+        if name in found:
+            found[name][suffix] = key
+    return found
 
 
 def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> Path:

@@ -136,10 +136,10 @@ def recycling() -> Iterator[None]:
         _spare = before
 
 
-def roomy(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+def roomy(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return an empty tensor; a large one in the host's memory is recycled (`recycling`) and may come in pages of 2 MB."""
     size = math.prod(shape) * dtype.itemsize
-    if size < _PAGE or (device is not None and device.type != "cpu"):
+    if size < _PAGE or torch.device(device).type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     spare = _spare
     area = _taken(spare or [], size) or _new_area(size)

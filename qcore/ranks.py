@@ -59,7 +59,9 @@ class Ranks:
         """Add up each tensor over the processes, in place: all end with the same."""
         if self.size > 1:
             with self._talking():
-                for tensor in tensors:
+                for tensor in sorted(
+                    tensors, key=lambda tensor: tensor.is_cuda
+                ):  # hosts notice at once that one is gone
                     with self._there(tensor) as there:
                         dist.all_reduce(there)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import time
 from collections import deque
@@ -140,6 +141,7 @@ class _Work:
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             del self.block  # and, with the error, all that it held
+            gc.collect()  # or what holds itself stays until the next block
             self.inputs.shrink(reason)
             if self.journal:
                 self.journal.note_most(self.indices[0], self.inputs.size)
@@ -160,15 +162,18 @@ def quantize_blocks(
             indices = list(range(first, min(first + at_once, len(job.blocks))))
             try:
                 work = _Work(job, indices, inputs, journal)
-                for index in range(indices[-1] + 1, min(indices[-1] + 1 + at_once, len(job.blocks))):
-                    job.weights.expect(job.blocks[index][0], job.device)
+                following = [job.blocks[index][0] for index in range(len(job.blocks))[indices[-1] + 1 :][:at_once]]
+                for name in following:
+                    job.weights.expect(name, job.device)
                 restored = [journal.read_block(index) if journal else None for index in indices]
                 done = [each for each in restored if each is not None]
                 if is_new := len(done) < len(indices):
                     done = work.attempt(partial(_quantize, job, indices=indices))
                 for index, (results, records) in zip(indices, done, strict=True):
                     behind.take(index, results, records, is_new)
-                if inputs is not None and indices[-1] + 1 < len(job.blocks):
+                if inputs is not None and following:
+                    for name in following if job.room.limit is None else ():
+                        job.weights.send(name, job.device)
                     found = {name: weight for results, _ in done for name, weight in results.items()}
                     work.attempt(partial(_move_on, inputs, found))
             finally:  # also of an interrupted run: a model in memory gets its own weights back
@@ -188,6 +193,7 @@ def _move_on(inputs: _Inputs, found: Mapping[str, QuantizedWeight], block: walk.
     for linear, weight in found.items():
         if not block.acts_as(linear, weight):
             block.replace(linear, weight)
+        block.drop_original(linear)
     block.advance(inputs.captured.stream)
 
 

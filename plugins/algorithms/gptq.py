@@ -39,6 +39,8 @@ from .rtn import find_grid, round_to_nearest
 
 #: Hessians gathered in one replay; a layer of many experts takes several
 HESSIAN_BYTES = 4 * 10**9
+#: elements of a weight whose error is found together
+AT_ONCE = 2**26
 #: a larger Hessian leaves a GPU for the host while its factor, as large, is there
 HOST_BYTES = 2**30
 
@@ -77,8 +79,9 @@ class Hessian:
         return [self.sum, self.tokens] if self.cross is None else [self.sum, self.tokens, self.cross]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums."""
+        """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums, which are gone."""
         H, C, tokens = self.sum, self.cross, max(1, int(self.tokens))
+        self.sum, self.cross = H.new_empty(0), None  # who holds this object does not hold their memory
         for start in range(0, len(H), self.PANEL):
             stop = min(start + self.PANEL, len(H))
             H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
@@ -136,7 +139,7 @@ def try_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> t
     U = inv(R). It is made in the memory of one copy of H, on perm's device. The host does not wait.
     """
     A = dampen_(permuted(H, perm.flip(0)), damp_percent, shrink)
-    failed = invert_factor_(A, LEAF_OF_CPU if A.device.type == "cpu" else len(A))
+    failed = invert_factor_(A, LEAVES[A.device.type == "cpu"])
     U = turn_(A)
     return U, (failed == 0) & torch.isfinite(U.sum())  # one element that is not finite spoils the sum
 
@@ -170,18 +173,20 @@ def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
 
 
 LEAF = 128  # rows of a triangle that is solved rather than halved
-LEAF_OF_CPU = 256  # rows that LAPACK factorizes on a CPU, where matrix products are faster beyond
+LEAVES = {
+    True: 256,
+    False: 4096,
+}  # rows that LAPACK factorizes, on a CPU or not: beyond, matrix products are faster and need no room
 
 
 def invert_factor_(A: Tensor, leaf: int) -> Tensor:
     """Replace a symmetric A [n, n] = LL' by inv(L); return int32 [], 0 unless there is no L. leaf: rows done at once.
 
-    Only what is on and below the diagonal is read. Torch works in place where columns are contiguous, as those of A' are.
+    Only what is on and below the diagonal is read. Beside A it takes room for a leaf, or for an eighth of A.
     """
     if len(A) <= leaf:
-        failed = torch.empty((), dtype=torch.int32, device=A.device)
-        torch.linalg.cholesky_ex(A.t(), upper=True, out=(A.t(), failed))
-        invert_lower_(A)
+        L, failed = torch.linalg.cholesky_ex(A)
+        invert_lower_(A.copy_(L))
         return failed
     half = -(-len(A) // (2 * leaf)) * leaf
     first, B, last = A[:half, :half], A[half:, :half], A[half:, half:]
@@ -501,8 +506,14 @@ def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, in
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
-    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []."""
-    return (energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt()
+    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []. W may be of any dtype."""
+    lost, whole = Q.new_zeros(()), Q.new_zeros(())
+    step = max(1, AT_ONCE // W.shape[1])
+    for w, q in zip(W.split(step), Q.split(step), strict=True):
+        w = w.to(Q.dtype)
+        lost += energy(w - q, H)
+        whole += energy(w, H)
+    return (lost.clamp(min=0) / whole.clamp(min=1e-30)).sqrt()
 
 
 def energy(W: Tensor, H: Tensor) -> Tensor:
@@ -683,7 +694,7 @@ class Gptq(Algorithm):
                 config=config,
                 bias=linear.bias,
             )
-            block.record(name, error=relative_error(linear.weight.float(), results[name].dequantize(), H))
+            block.record(name, error=relative_error(linear.weight, results[name].dequantize(), H))
             if solution.damp_percent != self.params.damp_percent:
                 block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
@@ -693,7 +704,7 @@ class Gptq(Algorithm):
         linear = block.linears[name]
         importance = None if H is None else H.diagonal().to(block.device)
         weight = round_to_nearest(linear.weight, linear.config, "mse", importance, linear.bias)
-        error = None if H is None else relative_error(linear.weight.float(), weight.dequantize(), H)
+        error = None if H is None else relative_error(linear.weight, weight.dequantize(), H)
         block.record(name, error=error, note=f"rounded to nearest: {why}")
         return weight
 

@@ -200,7 +200,7 @@ class Columns:
 def _pack_columns(codes: Tensor) -> Tensor:
     """uint8 [N, k] -> int32 [k, N/8], half a word at a time."""
     eights = codes.reshape(-1, 8, codes.shape[1])  # [N/8, 8, k]
-    words = packing.roomy([len(eights), codes.shape[1]], torch.int32)
+    words = packing.roomy([len(eights), codes.shape[1]], torch.int32, eights.device)
     halves = words.view(torch.int16).view(*words.shape, 2)
     for part in _parts_in_cache(eights):
         bytes_ = [eights[part, ORDER[slot]] | eights[part, ORDER[slot + 1]] << 4 for slot in (0, 2, 4, 6)]
@@ -213,7 +213,7 @@ def _pack_columns(codes: Tensor) -> Tensor:
 def _unpack_columns(words: Tensor) -> Tensor:
     """int32 [k, N/8] -> uint8 [N, k], a byte of all words at a time."""
     bytes_ = _turned(words).view(torch.uint8).reshape(-1, words.shape[0], 4)  # [N/8, k, 4]
-    codes = packing.roomy([len(bytes_), 8, words.shape[0]], torch.uint8)
+    codes = packing.roomy([len(bytes_), 8, words.shape[0]], torch.uint8, words.device)
     for part in _parts_in_cache(codes):
         for byte in range(4):
             both = bytes_[part, :, byte].contiguous()

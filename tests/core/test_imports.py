@@ -18,7 +18,7 @@ CORE = Path(qcore.__file__).parent
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
     "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "capture", "discovery", "plan", "journal",
-    "blocks", "run", "evaluation", "fast", "content", "api", "cli", "testing",
+    "blocks", "run", "evaluation", "tape", "fast", "content", "api", "cli", "testing",
 ]  # fmt: skip
 
 #: what stands on the public door, and is imported by the command line alone
