@@ -424,7 +424,8 @@ def load_times(model: str | Path, plugins: Plugins | None = None, **settings: An
         network, ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
     )
     _wait()
-    return LoadTimes(str(model), size, read, *loads, time.perf_counter() - started)
+    first, again = loads
+    return LoadTimes(str(model), size, read, first, again, time.perf_counter() - started)
 
 
 def _read(files: Iterable[Path]) -> int:
