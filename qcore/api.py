@@ -329,7 +329,7 @@ def load(
         trust_remote_code=trust_remote_code, **({"together": partial(shared_inputs, plugins=plugins)} if fast else {}),
     )  # fmt: skip
     if fast:
-        accelerate(network, backends=plugins.usable("backend").values())
+        accelerate(network, plugins=plugins)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
     layers = found.pop("layers", None) or [plain_record(layer) for layer in content.layers.values()]
@@ -380,7 +380,7 @@ def open_any(
     else:
         folder = ModelFolder(path)
         network = load_float(folder, trust_remote_code, compute_dtype(stored_dtype(folder), place)).to(place)
-        network = accelerate(network) if fast else network
+        network = accelerate(network, plugins=plugins) if fast else network
     return network, load_tokenizer(path, trust_remote_code)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -206,6 +206,11 @@ class Block:
             self._forget()  # out of order: what ran behind this linear has another input now
         self._final[name] = weight
 
+    def drop_original(self, name: str) -> None:
+        """Let go of a linear's float weight, which nothing asks for any more."""
+        linear = self.linears[name]
+        self.linears = {**self.linears, name: replace(linear, weight=linear.weight.to("meta"))}
+
     def _forget(self) -> None:
         """Drop what is kept of earlier replays."""
         for kept in (*self._memo.values(), *self._tails.values()):
@@ -404,9 +409,12 @@ def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: 
 
 @cache
 def _compiled_run() -> Callable[..., Tensor]:
-    """`_run`, compiled; where torch has the choice, with kernels that are not picked by how long they took."""
-    steady = "deterministic" in torch._inductor.list_options()
-    return torch.compile(_run, options={"deterministic": True} if steady else None)
+    """`_run`, compiled soon: kernels are not picked by how long they took, which also keeps equal runs equal, and no patterns are looked
+    for, of which blocks hold none that pays (half of the compilation; the steps of a Llama block are as fast).
+    """
+    options: dict[str, Any] = {"triton.autotune_pointwise": False, "pattern_matcher": False, "deterministic": True}
+    known = torch._inductor.list_options()
+    return torch.compile(_run, options={name: value for name, value in options.items() if name in known})
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import hashlib
 import json
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, name_list
 from .exporter import Content, Exporter, LayerSpec
-from .packing import roomy
+from .packing import recycling, roomy
 from .weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -482,7 +483,7 @@ def refuse(exporter: Exporter, content: Content) -> None:
 def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
     """Yield work(item) for each item, in their order, worked on by two threads two items ahead."""
     threads = min(2, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=_alone) as pool:
         waiting: deque[Future[V]] = deque()
         try:
             for item in items:
@@ -494,6 +495,13 @@ def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
         finally:
             for each in waiting:
                 each.cancel()
+
+
+def _alone() -> None:
+    """Let torch's operations on this thread run on it alone: threads of theirs for each of ours would wait for each other."""
+    torch.get_num_threads()  # which sets the number that is changed next
+    with contextlib.suppress(AttributeError, OSError):  # where torch has no OpenMP
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -590,8 +598,9 @@ class FolderExporter(Exporter):
                 tensors = {name: content.tensor(name)}
                 yield partial(_same_bytes, tensors, writer.keep(tensors))
 
-        for name, difference in in_order(lambda proof: proof(), written()):
-            _expect_same(folder, name, difference)
+        with recycling():
+            for name, difference in in_order(lambda proof: proof(), written()):
+                _expect_same(folder, name, difference)
         writer.close()
         write_json(folder / PROVENANCE, dict(content.provenance))
         carry_files(content, folder)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .backend import Backend
 from .errors import ModelError
-from .plugins import installed
+from .plugins import Plugins, installed
 from .tape import Unfit, record
 
 log = logging.getLogger(__name__)
@@ -45,22 +45,24 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def accelerate(model: Any, compiled: bool | None = None, backends: Iterable[Backend] | None = None) -> Any:
+def accelerate(model: Any, compiled: bool | None = None, plugins: Plugins | None = None) -> Any:
     """Make `model.generate` fast, in place, and return the model.
 
     compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache), by default on a GPU.
-    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code. backends: asked for faster products by large float
-    weights, such as the head; by default all that are installed.
+    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code. plugins: their backends are asked for faster
+    products by large float weights, such as the head.
 
     Raises ModelError for models that cannot have a static cache, and for those spread over several devices.
     """
     reason = _why_not(model)
     if reason:
         raise ModelError(f"{type(model).__name__} cannot generate fast: {reason}. Load it without fast=True.")
-    usable = installed().usable("backend").values() if backends is None else backends
+    plugins = plugins or installed()
+    usable = [backend for backend in plugins.usable("backend").values() if not backend.unavailable()]
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.numel() >= LARGE:
-            _lighten(module, [backend for backend in usable if not backend.unavailable()])
+            _lighten(module, usable)
+    plugins.call("qcore_model_accelerated", model=model)
     model.generate = functools.partial(_generate, model, _Steps(model, compiled))
     return model
 

@@ -78,6 +78,14 @@ def qcore_resolve_model(model: str, cache: Path) -> Path | None:
 
 
 @hookspec
+def qcore_model_accelerated(model: Any) -> None:
+    """A model is being made fast (`qcore.load(…, fast=True)`), before its step is compiled.
+
+    Return nothing; put in place what makes one token for each row against a static cache faster, its attention for one.
+    """
+
+
+@hookspec
 def qcore_run_started(plan: Mapping[str, Any]) -> None:
     """A run starts. `plan` has model, algorithm, config, blocks (how many), linears (how many), resumed_at."""
 

@@ -102,6 +102,7 @@ def make_job(
     dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(network), device)
     kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
     room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
+    algorithm.processes = 1 if ranks.deterministic else ranks.size
     return Job(
         model=network,
         weights=weights,

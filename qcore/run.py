@@ -193,6 +193,7 @@ def _move_on(inputs: _Inputs, found: Mapping[str, QuantizedWeight], block: walk.
     for linear, weight in found.items():
         if not block.acts_as(linear, weight):
             block.replace(linear, weight)
+        block.drop_original(linear)
     block.advance(inputs.captured.stream)
 
 

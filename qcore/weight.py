@@ -19,6 +19,8 @@ from .errors import CheckpointError
 from .packing import pack, unpack, words_for
 
 _TENSORS = ("scales", "zeros", "g_idx", "bias")
+#: elements dequantized together: what it takes on the way is several times as much in float32
+AT_ONCE = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +108,20 @@ class QuantizedWeight:
         return not torch.equal(self.g_idx, plain)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight [out, in]: computed in float32, then cast."""
-        scales = grid.spread(self.scales.float(), self.g_idx)
-        zeros = grid.spread(self.zeros.float(), self.g_idx)
-        return grid.dequantize(self.codes.float(), scales, zeros).to(dtype)
+        """Return the weight [out, in]: computed in float32, then cast, some rows at a time where there are many."""
+        step = max(1, AT_ONCE // self.in_features)
+        if len(self.codes) <= step:
+            return self._rows(slice(None)).to(dtype)
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            weight[rows] = self._rows(rows)
+        return weight
+
+    def _rows(self, rows: slice) -> Tensor:
+        scales = grid.spread(self.scales[rows].float(), self.g_idx)
+        zeros = grid.spread(self.zeros[rows].float(), self.g_idx)
+        return grid.dequantize(self.codes[rows].float(), scales, zeros)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """Return the same weight with its tensors on `device`."""

@@ -19,9 +19,14 @@
 // META = [tile][group][16 scales] and, if asym, 16 zeros after the scales, each 2 bytes; row g beside row g + 8, so
 // one 4-byte read serves a lane. A zero is stored as a number of dtype T, which holds every integer up to 256.
 #pragma once
+#ifdef __HIP__ // hipcc
+#define QC_AMD
+#include "amd.cuh"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
 #include <stdint.h>
 
 #include "qcore_cuda.h"
@@ -88,15 +93,13 @@ template <typename T> __device__ inline float high_float(uint32_t pair) { return
 
 // ---- small wrappers ----------------------------------------------------------------------------------------------
 
+#ifndef QC_AMD
 // (a & b) | c in one instruction; the compiler makes two when the masks are literals.
 __device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-
-__device__ inline uint32_t both_low(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
-__device__ inline uint32_t both_high(uint32_t v) { return __byte_perm(v, 0, 0x3232); }
 
 template <typename T> struct Pair; // two numbers in a register
 template <> struct Pair<__half> {
@@ -143,6 +146,14 @@ template <> __device__ inline uint32_t pair_of<__nv_bfloat16>(float low, float h
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
+
+#endif // QC_AMD
+
+__device__ inline uint32_t both_low(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
+__device__ inline uint32_t both_high(uint32_t v) { return __byte_perm(v, 0, 0x3232); }
+
+// Where row r of 16 lies among a tile's scales: g beside g + 8.
+__host__ __device__ constexpr int row_slot(int r) { return 2 * (r % 8) + r / 8; }
 
 // The zero of a symmetric grid, 2^(bits-1), twice.
 template <typename T> __device__ constexpr uint32_t symmetric_zeros(int bits) {
@@ -267,6 +278,7 @@ template <int BITS> __device__ inline LaneWords<BITS> lane_words(const uint8_t* 
   return out;
 }
 
+#ifndef QC_AMD
 // ---- PTX ---------------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -313,7 +325,8 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 template <int N> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // All but the latest `n` commits have landed; PTX wants a literal, the number of stages is known at launch.
 __device__ inline void copies_wait_but(int n) {
-  if (n == 4) copies_wait<4>();
+  if (n == 5) copies_wait<5>();
+  else if (n == 4) copies_wait<4>();
   else if (n == 3) copies_wait<3>();
   else if (n == 2) copies_wait<2>();
   else if (n == 1) copies_wait<1>();
@@ -344,6 +357,48 @@ __device__ inline void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// Copies that the copy engine makes (sm_90), with a barrier in shared memory that counts arrivals and bytes; they pass by the
+// queue that other reads of memory wait in.
+__device__ inline void bulk_barrier_init(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+#endif
+}
+__device__ inline void bulk_barriers_ready() { // to the copy engine too
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ inline void bulk_expect(uint32_t barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+__device__ inline void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) { // bytes and addresses: multiples of 16
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+#endif
+}
+__device__ inline void bulk_wait(uint32_t barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred p;\n"
+      "bulk_again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra bulk_again;}"
+      ::"r"(barrier), "r"(parity) : "memory");
+#endif
+}
+
+// A hint: bytes, a multiple of 16, from a 16-byte aligned address, on their way from memory into L2; nothing waits for them.
+__device__ inline void prefetch_to_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+#endif // QC_AMD
 
 // The start of the workspace counts, a counter a block, who has finished a shared output tile.
 constexpr int COUNTERS_BYTES = 4096;
@@ -385,6 +440,11 @@ template <typename T> struct Args {
   const uint8_t* meta;   // [tiles][groups][32 or 64 bytes]
   const T* bias;         // [n] or null
   T* y;                  // [m, n], row stride ldy
+  const int32_t* perm;   // [k], or null: x is read in that order (decode alone); then x is [m, columns], of any alignment
+  const uint8_t* next;   // what the product after this one reads, or null: asked for from memory when this one has no more to
+  int64_t next_bytes;    // its size
+  int next_most;         // bytes that a block asks for
+  int columns;           // of x: k without perm
   int64_t ldx, ldy;
   int m, n, k;
   int tiles, chunks;     // of 16 rows, of 64 columns, padded
@@ -418,6 +478,10 @@ template <> int matmul_tile<8>(int, const void*, const Device&, int, void*, cuda
 template <int BITS> int matmul_hopper(int dtype, const void* arg, const Device&, int variant, void* workspace, cudaStream_t);
 template <> int matmul_hopper<4>(int, const void*, const Device&, int, void*, cudaStream_t);
 template <> int matmul_hopper<8>(int, const void*, const Device&, int, void*, cudaStream_t);
+
+#ifdef QC_AMD
+int matmul_amd(int bits, int dtype, const void* arg, cudaStream_t);
+#endif
 
 // layout.cu
 int repack(int bits, int64_t n, int64_t k_codes, int64_t k, const uint8_t* codes, const int32_t* perm, void* packed, cudaStream_t);

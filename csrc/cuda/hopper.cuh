@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
   const int64_t unit_begin = first_unit(blockIdx.x), unit_end = first_unit(blockIdx.x + 1);
 
   if (thread == 0) {
+    prefetch_map(&maps.x), prefetch_map(&maps.packed), prefetch_map(&maps.meta);
     for (int s = 0; s < plan.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), CONSUMERS / 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -148,6 +149,24 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       const int64_t place = 2 * block + (first_unit(block) < tile_begin);
       return reinterpret_cast<float4*>(workspace) + place * vectors * CONSUMERS + thread;
     };
+    if (last - first == 1) { // of two, the later one adds the other's sums to those in its registers: the order does not matter
+      if (thread == 0) arrived = *static_cast<volatile int*>(counters + first), __threadfence();
+      consumers_meet();
+      const bool other_was_here = arrived == 1;
+      consumers_meet(); // before `arrived` is written again
+      if (other_was_here) {
+        if (thread == 0) counters[first] = 0;
+        const float4* theirs = part(blockIdx.x == first ? last : first);
+#pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++)
+#pragma unroll
+          for (int i = 0; i < SUMS / 4; i++) {
+            const float4 v = __ldcg(theirs + (r * SUMS / 4 + i) * CONSUMERS);
+            d[r][4 * i] += v.x, d[r][4 * i + 1] += v.y, d[r][4 * i + 2] += v.z, d[r][4 * i + 3] += v.w;
+          }
+        return true;
+      }
+    }
     float4* mine = part(blockIdx.x);
 #pragma unroll
     for (int r = 0; r < ROW_BLOCKS; r++)
@@ -203,7 +222,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                                     pair_of<T>(v[4] + bias, v[5] + bias), pair_of<T>(v[6] + bias8, v[7] + bias8));
         }
         __syncwarp();
-#pragma unroll
+#pragma unroll 1 // the code of this kernel is read once for each launch: less of it is faster
         for (int v = lane; v < tokens * 2; v += 32) {
           const int token = token0 + part + v / 2, row = row0 + v % 2 * 8;
           if (token < arg.m && row < arg.n) {
@@ -211,6 +230,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
             T* to = arg.y + token * arg.ldy + row;
             if (vectors && row + 8 <= arg.n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
             else
+#pragma unroll 1
               for (int j = 0; j < 8 && row + j < arg.n; j++) to[j] = from[j];
           }
         }

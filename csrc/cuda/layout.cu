@@ -56,9 +56,6 @@ __global__ void unpack_kernel(int bits, int n, int64_t k_codes, int k, int chunk
   }
 }
 
-// Where row r of 16 lies among a tile's scales: g beside g + 8.
-__host__ __device__ constexpr int row_slot(int r) { return 2 * (r % 8) + r / 8; }
-
 // scales [n, groups] T, zeros [n, groups] int32 or null -> meta
 template <typename T>
 __global__ void pack_meta_kernel(int n, int groups, int64_t work, const T* scales, const int32_t* zeros,

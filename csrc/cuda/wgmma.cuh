@@ -242,6 +242,11 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       ::"r"(barrier), "r"(parity) : "memory");
 #endif
 }
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+#ifdef QC_HOPPER
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
 // A box of a mapped matrix; what lies outside of the matrix arrives as zero.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
 #ifdef QC_HOPPER

@@ -41,7 +41,7 @@ from qcore import (
 
 from . import autoround_device as machine
 from . import gptq_native
-from .autoround_start import Start, find_starts, gptq_start
+from .autoround_start import Start, covering_start, find_starts, gptq_start
 from .gptq import Gptq, solver_for
 
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
@@ -170,10 +170,13 @@ def step_label(device: torch.device) -> str:
 
 def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Return (s, z) of the range from alpha * low to beta * high (see Rounding)."""
+    maxq = low.new_full(
+        (), config.maxq
+    )  # a GPU multiplies with the inverse of what is no tensor, which the kernels do not
     if config.sym:
-        s = stored(beta * (high - low) / config.maxq)
+        s = stored(beta * (high - low) / maxq)
         return s, torch.full_like(s, grid.symmetric_zero(config.bits))
-    s = stored((beta * high - alpha * low) / config.maxq)
+    s = stored((beta * high - alpha * low) / maxq)
     return s, torch.round(-alpha * low / s).clamp_(1, config.maxq)
 
 
@@ -237,7 +240,7 @@ class Tuning:
         self.block, self.params = block, params
         self.dtype, self.autocast = machine.precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
-        self.in_8_bits = self._modules_in_8_bits() if params.float8 is not False else []
+        self.rough = self._rough_modules() if params.rough_gradients is not False else []
 
     def rehearse(self) -> None:
         """Compile what a step runs, by a pass whose result nobody wants."""
@@ -294,7 +297,7 @@ class Tuning:
     def _surroundings(self) -> Iterator[None]:
         """What the block needs around it to be run in steps."""
         widened = machine.full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
-        with widened, machine.gradients_in_8_bits(self.in_8_bits), machine.reproducible(self.block.device):
+        with widened, machine.rough_gradients(self.rough), machine.reproducible(self.block.device):
             yield
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
@@ -313,14 +316,14 @@ class Tuning:
                 rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
 
-    def _modules_in_8_bits(self) -> list[nn.Module]:
-        """Return the linears whose gradients are to be products of 8-bit floats."""
-        if not machine.has_float8(self.block.device) or self.dtype == torch.float32:
+    def _rough_modules(self) -> list[nn.Module]:
+        """Return the linears whose gradients are to be products of shorter numbers."""
+        device, prefix = self.block.device, f"{self.block.name}."
+        if machine.rough_type(device) is None:
             return []
-        prefix = f"{self.block.name}."
-        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
         tokens = self.block.batch(0)[0][..., 0].numel()
-        return [module for module in modules if machine.fits_float8(module, tokens)]
+        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
+        return [module for module in modules if machine.can_be_rough(module, self.dtype, tokens, device)]
 
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
@@ -449,7 +452,8 @@ class AutoRound(Algorithm):
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
         layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
-        float8: multiply in 8-bit floats for the weights' gradients, of which only signs count. None: where the GPU can.
+        rough_gradients: find the weights' gradients, of which only signs count, by products of shorter numbers: of 8-bit floats on
+            GPUs, of bfloat16 on CPUs. None: where the device multiplies them faster.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -471,7 +475,7 @@ class AutoRound(Algorithm):
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
         layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-        float8: bool | None = None
+        rough_gradients: bool | None = None
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -519,8 +523,8 @@ class AutoRound(Algorithm):
     @property
     def batch_size(self) -> int | None:
         """A step works on whole batches, or, in a run of several processes that divide one, each of them on its part."""
-        processes = Processes()
-        return self.params.bs // processes.count if self.params.bs % processes.count == 0 else self.params.bs
+        whole, rest = divmod(self.params.bs, self.processes)
+        return self.params.bs if rest else whole
 
     @property
     def blocks_at_once(self) -> int:
@@ -536,10 +540,10 @@ class AutoRound(Algorithm):
         """GPTQ's solver, where ties fall; whether equal runs on a GPU give equal bits; which code takes the steps."""
         facts: dict[str, Any] = {"solver_used": solver_for("auto", device)[0]} if self.params.start == "gptq" else {}
         if self.params.iters:
-            facts["step"] = step_label(device)
+            rough = machine.rough_type(device) if self.params.rough_gradients is not False else None
+            facts |= {"step": step_label(device), "rough_gradients": rough}
             if device.type == "cuda":
-                float8 = self.params.float8 is not False and machine.has_float8(device)
-                facts |= {"deterministic": machine.can_reproduce(device), "float8": float8}
+                facts["deterministic"] = machine.can_reproduce(device)
         return facts
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
@@ -569,7 +573,7 @@ class AutoRound(Algorithm):
                 notes += [
                     outcome.note,
                     self._without_amp(block),
-                    self._without_float8(block),
+                    self._without_rough_gradients(block),
                     machine.without_determinism(block.device),
                 ]
             if any(notes):
@@ -584,10 +588,10 @@ class AutoRound(Algorithm):
                 "Give more samples, or a smaller bs."
             )
 
-    def _without_float8(self, block: BlockContext) -> str:
-        if not self.params.float8 or machine.has_float8(block.device):
+    def _without_rough_gradients(self, block: BlockContext) -> str:
+        if not self.params.rough_gradients or machine.rough_type(block.device):
             return ""
-        return f"float8: {block.device.type} does not multiply 8-bit floats, gradients are in the type of the block"
+        return f"rough_gradients: this {block.device.type} multiplies nothing shorter faster, gradients are in the type of the block"
 
     def _without_amp(self, block: BlockContext) -> str:
         float32 = next(iter(block.linears.values())).weight.dtype == torch.float32
@@ -602,21 +606,26 @@ class AutoRound(Algorithm):
 
 
 def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> None:
-    """Compile everything that the first block needs: the solver of its start beside the steps.
+    """Compile everything that the first block needs: what its start and its parameters run, beside the block itself.
 
     What torch.compile does is mostly Python, what a kernel's compiler does is not, so the two hardly wait for each other. A
-    failure of the solver is not looked at here: it comes again where it counts.
+    failure of the former is not looked at here: it comes again where it counts.
     """
 
-    def solve_something() -> None:
+    def start_something() -> None:
         with torch.cuda.device(block.device) if block.device.type == "cuda" else contextlib.nullcontext():
+            W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
             for config in dict.fromkeys(linear.config for linear in block.linears.values()):
-                W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
-                gptq_start(W, torch.eye(512, device=block.device), None, config, params.recipe)
+                start = covering_start(W, config)
+                if params.start == "gptq":
+                    start = gptq_start(W, torch.eye(512, device=W.device), None, config, params.recipe) or start
+                rounding = Rounding(start, config)
+                weight = rounding.weight(tuning.dtype)
+                rounding.update(torch.ones_like(weight), 1e-3, 1e-5 if params.enable_minmax_tuning else None, weight)
+                rounding.freeze()
 
     with ThreadPoolExecutor(1) as aside:
-        if params.start == "gptq":
-            aside.submit(solve_something)
+        aside.submit(start_something)
         tuning.rehearse()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -94,74 +96,120 @@ def without_determinism(device: torch.device) -> str:
     return "equal runs may differ: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process first multiplies on the GPU"
 
 
-# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+# ---- rough gradients -------------------------------------------------------------------------------------------------
 
-# A product whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign, and it sums over
-# thousands of tokens, whose rounding goes either way. What flows on to other linears is not rounded. An op of its own, for
-# torch.compile takes long to see through an autograd.Function, and looks at seven of them in a block.
+# A product whose gradient of the weight is a product of shorter numbers: 8-bit floats for those of 16, bfloat16 for float32. SignSGD
+# takes no more than its sign, and it sums over many tokens, whose rounding goes either way. What flows on to other linears is not rounded.
+# These are ops of their own: what torch.compile need not look into it compiles sooner, and what linears share is rounded once.
 _LIBRARY = torch.library.Library("qcore", "FRAGMENT")
-_LIBRARY.define("autoround_linear8(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("autoround_linear8", nn.functional.linear, "CompositeExplicitAutograd")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-@torch.library.register_fake("qcore::autoround_linear8", lib=_LIBRARY)
-def _linear8_shape(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], len(weight)))
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight)
+
+
+def _e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x [..., in] as e4m3 [in, tokens], scaled to its largest value, and what a 1 of that is worth, float32 []."""
+    largest = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32).clamp_(min=1e-12)
+    return columns8(x, 448 / largest, torch.float8_e4m3fn), largest / 448
+
+
+def _e5m2(x: Tensor) -> Tensor:
+    """Return x [..., out] as e5m2 [out, tokens], whose range is float16's."""
+    return columns8(x, None, torch.float8_e5m2)
+
+
+def _turned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fake of a tensor [..., columns] as 8-bit floats [columns, tokens]."""
+    return x.new_empty((x.shape[-1], x.numel() // x.shape[-1]), dtype=dtype)
+
+
+for schema, function, fake in (
+    ("linear(Tensor x, Tensor weight) -> Tensor", _linear, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight)))),
+    ("e4m3(Tensor x) -> (Tensor, Tensor)", _e4m3, lambda x: (_turned(x, torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32))),
+    ("e5m2(Tensor x) -> Tensor", _e5m2, lambda x: _turned(x, torch.float8_e5m2)),
+):  # fmt: skip
+    _LIBRARY.define(f"autoround_{schema}", tags=_TAGS)
+    _name = f"autoround_{schema.partition('(')[0]}"
+    _LIBRARY.impl(_name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcore::{_name}", fake, lib=_LIBRARY)
+
+
+def columns8(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x [..., columns] times a factor [] as 8-bit floats [columns, tokens]; what is too large becomes the largest."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and importlib.util.find_spec("triton"):
+        from . import autoround_triton  # which imports triton
+
+        return autoround_triton.columns8(rows, factor, dtype)
+    turned = rows.t().float() if factor is None else rows.t().float() * factor
+    return turned.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).contiguous()
 
 
 def gradient8(grad: Tensor, x: Tensor) -> Tensor:
-    """Return grad' @ x [out, in] from grad [..., out] as e5m2, which has float16's range, and x [..., in] as e4m3, scaled to its largest value."""
-    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    largest = x.abs().amax().float().clamp(min=1e-12)
-    X = (x.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
-    Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
-    one = torch.ones_like(largest)
-    return torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=grad.dtype)
+    """Return grad' @ x [out, in] as a product of 8-bit floats, from grad [..., out] and x [..., in]."""
+    X, unit = torch.ops.qcore.autoround_e4m3(x)
+    Y = torch.ops.qcore.autoround_e5m2(grad)
+    return torch._scaled_mm(Y, X.t(), scale_a=torch.ones_like(unit), scale_b=unit, out_dtype=grad.dtype)
 
 
-def _linear8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+def gradient16(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad' @ x [out, in] as a product of bfloat16, from grad [..., out] and x [..., in]."""
+    rows = [each.reshape(-1, each.shape[-1]).bfloat16() for each in (grad, x)]
+    return (rows[0].t() @ rows[1]).to(grad.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
     x, weight = ctx.saved_tensors
-    return grad @ weight if ctx.needs_input_grad[0] else None, gradient8(grad, x)
+    rough = gradient16 if grad.dtype == torch.float32 else gradient8
+    return grad @ weight if ctx.needs_input_grad[0] else None, rough(grad, x)
 
 
 torch.library.register_autograd(
-    "qcore::autoround_linear8",
-    _linear8_backward,
+    "qcore::autoround_linear",
+    _backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_LIBRARY,
 )
 
 
-class Linear8(nn.Linear):
-    """A linear with `gradient8`; modules take on this class for a while, so that one compilation serves all blocks."""
+class RoughLinear(nn.Linear):
+    """A linear whose weight's gradient is rough; modules take on this class for a while, so that one compilation serves all blocks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = torch.ops.qcore.autoround_linear8(input, self.weight)
+        output: Tensor = torch.ops.qcore.autoround_linear(input, self.weight)
         return output if self.bias is None else output + self.bias
 
 
 @contextlib.contextmanager
-def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let linears be Linear8 within."""
+def rough_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let linears be RoughLinear within."""
     own = [type(module) for module in modules]
     try:
         for module in modules:
-            module.__class__ = Linear8
+            module.__class__ = RoughLinear
         yield
     finally:
         for module, kind in zip(modules, own, strict=True):
             module.__class__ = kind
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether a device multiplies 8-bit floats."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+def rough_type(device: torch.device) -> str | None:
+    """What a device multiplies faster than the type blocks are computed in: a GPU 8-bit floats, a CPU bfloat16; None: nothing."""
+    if device.type == "cuda":
+        return "float8" if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9) else None
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return "bfloat16" if device.type == "cpu" and native and native() else None
 
 
-def fits_float8(module: nn.Module, tokens: int) -> bool:
-    """Whether a linear's gradient can be a product of 8-bit floats: plain, of a half type, all sides multiples of 16."""
-    half = type(module) is nn.Linear and module.weight.dtype in (torch.float16, torch.bfloat16)
-    return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
+def can_be_rough(module: nn.Module, dtype: torch.dtype, tokens: int, device: torch.device) -> bool:
+    """Whether a linear's gradient can be: it is plain and, on a GPU, of a half type, all sides multiples of 16."""
+    if type(module) is not nn.Linear or rough_type(device) is None:
+        return False
+    if device.type == "cpu":
+        return dtype == torch.float32
+    return dtype != torch.float32 and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from .rtn import find_grid, round_to_nearest
 
 #: Hessians gathered in one replay; a layer of many experts takes several
 HESSIAN_BYTES = 4 * 10**9
+#: elements of a weight whose error is found together
+AT_ONCE = 2**26
 #: a larger Hessian leaves a GPU for the host while its factor, as large, is there
 HOST_BYTES = 2**30
 
@@ -504,8 +506,14 @@ def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, in
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
-    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []."""
-    return (energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt()
+    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []. W may be of any dtype."""
+    lost, whole = Q.new_zeros(()), Q.new_zeros(())
+    step = max(1, AT_ONCE // W.shape[1])
+    for w, q in zip(W.split(step), Q.split(step), strict=True):
+        w = w.to(Q.dtype)
+        lost += energy(w - q, H)
+        whole += energy(w, H)
+    return (lost.clamp(min=0) / whole.clamp(min=1e-30)).sqrt()
 
 
 def energy(W: Tensor, H: Tensor) -> Tensor:
@@ -686,7 +694,7 @@ class Gptq(Algorithm):
                 config=config,
                 bias=linear.bias,
             )
-            block.record(name, error=relative_error(linear.weight.float(), results[name].dequantize(), H))
+            block.record(name, error=relative_error(linear.weight, results[name].dequantize(), H))
             if solution.damp_percent != self.params.damp_percent:
                 block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
@@ -696,7 +704,7 @@ class Gptq(Algorithm):
         linear = block.linears[name]
         importance = None if H is None else H.diagonal().to(block.device)
         weight = round_to_nearest(linear.weight, linear.config, "mse", importance, linear.bias)
-        error = None if H is None else relative_error(linear.weight.float(), weight.dequantize(), H)
+        error = None if H is None else relative_error(linear.weight, weight.dequantize(), H)
         block.record(name, error=error, note=f"rounded to nearest: {why}")
         return weight
 

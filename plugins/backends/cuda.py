@@ -116,20 +116,34 @@ def _dequantize(packed, meta, perm, bits, group_size, asym, in_features, out_fea
     return weight
 
 
-def _rows_for_kernel(rows: Tensor, perm: Tensor, stream: int) -> tuple[Tensor, int]:
-    """Return rows [m, packed columns] as the kernels read them, and their stride: in the order of perm, aligned to 16 bytes."""
+@cache
+def _gather_bytes(device: int) -> int:
+    """Bytes of x up to which a decode puts it in order itself; the device is asked, so it is part of the key."""
+    size: int = native.load().qc_gather_bytes()
+    return size
+
+
+def _gathers_itself(m: int, k: int, device: int) -> bool:
+    """Whether the kernel for so many tokens takes x in any order and alignment."""
+    return m <= DECODE_MAX and m * (-(-k // 64) * 128 + 16) <= _gather_bytes(device)
+
+
+def _rows_for_kernel(rows: Tensor, perm: Tensor, gathers: bool, stream: int) -> tuple[Tensor, int, int | None]:
+    """Return rows [m, columns] as the kernel reads them, their stride, and the order that is left to it."""
     m, columns = rows.shape
     if (columns > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < columns):
         rows = rows.contiguous()
     stride = rows.stride(0) if m > 1 else -(-columns // 8) * 8  # a single row has any
+    if perm.numel() and gathers:
+        return rows, stride, perm.data_ptr()
     if not perm.numel() and rows.data_ptr() % 16 == 0 and stride % 8 == 0:
-        return rows, stride
+        return rows, stride, None
     width = perm.numel() or -(-columns // 8) * 8
     gathered = torch.empty(m, width, dtype=rows.dtype, device=rows.device)
     native.call(
         "qc_gather", DTYPES[rows.dtype], m, columns, width, rows.data_ptr(), stride, _pointer(perm), gathered.data_ptr(), stream
     )  # fmt: skip
-    return gathered, width
+    return gathered, width, None
 
 
 _without_wgmma: set[int] = set()  # devices that refused it: not Hopper, or not in this build
@@ -148,14 +162,15 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
     if m == 0:
         return y
     stream = torch.cuda.current_stream().cuda_stream
-    rows, stride = _rows_for_kernel(rows, perm, stream)
+    rows, stride, order = _rows_for_kernel(rows, perm, _gathers_itself(m, k, device), stream)
     kernel, workspace, size = (WGMMA if m > TILE_MAX else AUTO), None, 0
     if m > DECODE_MAX and bits >= 4:
         buffer = _workspace(device, stream)
         workspace, size = buffer.data_ptr(), buffer.numel()
     status = native.call(
-        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k, group_size, asym, rows.data_ptr(), stride,
-        packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, 0, stream,
+        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, in_features if order else k, k, group_size, asym,
+        rows.data_ptr(), stride, packed.data_ptr(), meta.data_ptr(), order, None, y.data_ptr(), out_features, workspace, size,
+        None, 0, kernel, 0, stream,
         accept=native.BAD_VARIANT if kernel == WGMMA else 0,
     )  # fmt: skip
     if status == native.BAD_VARIANT:

@@ -91,6 +91,14 @@ def _grid(scales, zeros, first, K, group_size, n, stride, ZERO: tl.constexpr, BI
 
 
 @triton.jit
+def _scaled(weight, scale, DTYPE: tl.constexpr):
+    """weight times scale [n], rounded once."""
+    if tl.float16 == DTYPE:
+        return weight * scale.to(tl.float16)[None, :]
+    return (weight.to(tl.float32) * scale[None, :]).to(DTYPE)
+
+
+@triton.jit
 def _inputs(x_row, k, M, K, m):
     return tl.load(x_row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
 
@@ -104,9 +112,10 @@ def matmul(
     """y [M, N] = x [M, K] @ W.T. words: [tiles, WORDS, SUB, stride]; scales, zeros: [groups, stride].
 
     ZERO: the zero of a symmetric grid, or -1 to read `zeros`. RUN: so many codes of a lane in a row share a group (for widths of
-    one word, of either half of its codes): their products with code - zero are summed, then take the scale. sums: float32 [programs
-    along K, M, N]; arrived: int32, one for each output tile, zero before and after.
+    one word, of either half of its codes). For few tokens their products with code - zero are summed, then take the scale; for
+    more, weights take it. sums: float32 [programs along K, M, N]; arrived: int32, one for each output tile, zero before and after.
     """
+    LATE: tl.constexpr = BLOCK_M <= 16
     DTYPE: tl.constexpr = x.dtype.element_ty
     MASK: tl.constexpr = (1 << BITS) - 1
     pid_n, pid_k, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,10 +140,16 @@ def matmul(
                     sum_high = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 both = (w0 >> (j * BITS)) & (MASK | MASK << 16)
                 weight = _less_zero(both & 0xFFFF, zero_low, BITS, DTYPE)
-                sum_low = tl.dot(_inputs(x_row, low + lane, M, K, m), weight, sum_low)
+                if LATE:
+                    sum_low = tl.dot(_inputs(x_row, low + lane, M, K, m), weight, sum_low)
+                else:
+                    acc = tl.dot(_inputs(x_row, low + lane, M, K, m), _scaled(weight, scale_low, DTYPE), acc)
                 weight = _less_zero(both >> 16, zero_high, BITS, DTYPE)
-                sum_high = tl.dot(_inputs(x_row, high + lane, M, K, m), weight, sum_high)
-                if (j + 1) % RUN == 0:
+                if LATE:
+                    sum_high = tl.dot(_inputs(x_row, high + lane, M, K, m), weight, sum_high)
+                else:
+                    acc = tl.dot(_inputs(x_row, high + lane, M, K, m), _scaled(weight, scale_high, DTYPE), acc)
+                if LATE and (j + 1) % RUN == 0:
                     acc += sum_low * scale_low[None, :] + sum_high * scale_high[None, :]
         else:
             for j in tl.static_range(CODES):
@@ -143,8 +158,11 @@ def matmul(
                     scale, zero = _grid(scales, zeros, first, K, group_size, n, stride, ZERO, BITS, DTYPE)
                     sum_run = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 weight = _less_zero(_code(w0, w1, w2, j, BITS), zero, BITS, DTYPE)
-                sum_run = tl.dot(_inputs(x_row, first + lane, M, K, m), weight, sum_run)
-                if (j + 1) % RUN == 0:
+                if LATE:
+                    sum_run = tl.dot(_inputs(x_row, first + lane, M, K, m), weight, sum_run)
+                else:
+                    acc = tl.dot(_inputs(x_row, first + lane, M, K, m), _scaled(weight, scale, DTYPE), acc)
+                if LATE and (j + 1) % RUN == 0:
                     acc += sum_run * scale[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]

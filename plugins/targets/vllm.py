@@ -116,7 +116,7 @@ def _rules_of_fused(subject: Subject) -> list[Finding]:
 def _act_order(subject: Subject) -> list[Finding]:
     """Groups out of sequence are not loaded any more; the label alone is refused."""
     labelled = bool(subject.quantization.get("desc_act")) and subject.quantization.get("group_size") != -1
-    odd = subject.where(lambda layer: layer.act_order)
+    odd = subject.where(lambda layer: layer.act_order and layer.config.group_size != -1)
     if not odd and not labelled:
         return []
     problem = "act-order (desc_act) is no longer loaded; quantize with static_groups, or convert with lossy=True"

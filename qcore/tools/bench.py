@@ -424,8 +424,7 @@ def load_times(model: str | Path, plugins: Plugins | None = None, **settings: An
         network, ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
     )
     _wait()
-    first, again = loads
-    return LoadTimes(str(model), size, read, first, again, time.perf_counter() - started)
+    return LoadTimes(str(model), size, read, loads[0], loads[1], time.perf_counter() - started)
 
 
 def _read(files: Iterable[Path]) -> int:
@@ -473,4 +472,4 @@ def random_model(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(place)
     model.tie_weights()
-    return accelerate(model) if fast else model
+    return accelerate(model, plugins=plugins) if fast else model

@@ -7,6 +7,7 @@ from torch import nn
 
 import qcore
 from qcore import BackendError, ModelError, QuantLinear, fast
+from qcore.plugins import Plugins
 from qcore.tools.bench import FloatBackend
 
 LEFT_PADDED = torch.tensor([[2, 3, 4, 5, 6, 7], [0, 0, 8, 9, 10, 11]])
@@ -159,7 +160,9 @@ def test_large_float_weights_are_multiplied_by_a_backend_until_they_change(monke
     monkeypatch.setattr(fast, "LARGE", 320 * 64)
     model = zoo.build("llama")
     expected = generate(model)
-    fast.accelerate(model, backends=[Halving(torch.float32)])
+    plugins = Plugins([])
+    monkeypatch.setattr(plugins, "usable", lambda kind: {"halving": Halving(torch.float32)})
+    fast.accelerate(model, plugins=plugins)
     assert torch.equal(generate(model), expected)
     assert set(asked) == {(320, 64)}
     assert calls

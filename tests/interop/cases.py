@@ -267,7 +267,12 @@ def write(name, home):
 def last_line(text):
     """The last line of what a program complained about, without paths."""
     lines = [line.strip() for line in text.splitlines() if "Error" in line or "not support" in line or "cannot" in line]
-    return (lines or text.strip().splitlines() or ["nothing was said"])[-1].replace(str(environments.HOME), "")[:300]
+    reasons = [
+        line.strip() for line in text.splitlines() if "Value error," in line
+    ]  # pydantic names none in its own last line
+    return (reasons or lines or text.strip().splitlines() or ["nothing was said"])[-1].replace(
+        str(environments.HOME), ""
+    )[:300]
 
 
 def results():

@@ -1,9 +1,9 @@
-"""Run by the interpreter of vLLM's own environment: does vLLM make a linear from a quantization_config?
+"""Run by the interpreter of vLLM's own environment: does vLLM make and run a linear from a quantization_config?
 
     python vllm_rules.py < [[quantization_config, name, in_features, out_features], …]
 
 For each it prints "" or what vLLM raised, and the grid that it gave the linear. No model and no weight is read: vLLM's own code parses the
-config, picks method and kernel and makes the parameters. Nothing of qcore is imported here.
+config, picks method and kernel, makes the parameters and multiplies once. Nothing of qcore is imported here.
 """
 
 import json
@@ -36,6 +36,10 @@ def made(config, name, columns, out):
         linear = ReplicatedLinear(
             columns, out, bias=False, params_dtype=torch.float16, quant_config=parsed, prefix=name
         )
+        for parameter in linear.parameters():
+            parameter.data.zero_()
+        linear.quant_method.process_weights_after_loading(linear)
+        linear(torch.ones(1, columns))
         own = getattr(linear.quant_method, "quant_config", None)
         return {"error": "", "grid": [getattr(own, key, None) for key in ("weight_bits", "group_size", "is_sym")]}
     except Exception as error:

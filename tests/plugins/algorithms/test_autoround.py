@@ -1,6 +1,5 @@
 """What a user of AutoRound may rely on: each option does what it says, whatever the recipe."""
 
-import contextlib
 import math
 import os
 import socket
@@ -593,7 +592,7 @@ def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so():
     assert "note" not in layers_of(quantize(iters=2))["blocks.0.left"]
 
 
-# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+# ---- rough gradients -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -603,7 +602,7 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
     x, grad = torch.randn(2, 64, 64).to(dtype).requires_grad_(), torch.randn(2, 64, 48).to(dtype)
     wanted = [x, model[0].weight, model[2].weight]
     exact = torch.autograd.grad(model(x), wanted, grad)
-    with autoround_device.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.rough_gradients([model[0], model[2]]):
         output = model(x)
         rounded = torch.autograd.grad(output, wanted, grad)
     assert [type(each) for each in model] == [nn.Linear, nn.SiLU, nn.Linear]
@@ -618,30 +617,52 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
 def test_products_with_gradients_in_8_bits_are_compiled_in_one_piece():
     model = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).half()
     x, weights = torch.randn(16, 32).half(), list(model.parameters())
-    with autoround_device.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.rough_gradients([model[0], model[2]]):
         plain = torch.autograd.grad(model(x).sum(), weights)
         compiled = torch.compile(lambda x: model(x).sum(), backend="aot_eager", fullgraph=True)
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(x), weights), plain, strict=True))
 
 
-def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
-    monkeypatch.setattr(autoround_device, "has_float8", lambda device: True)
-    monkeypatch.setattr(autoround_device, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
-    monkeypatch.setattr(autoround_device, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
-    monkeypatch.setattr(autoround.Tuning, "run", lambda self, *_: (autoround.Outcome(0, 0, 0), {}))
-    for float8, chosen in ((None, 2), (True, 2), (False, 0)):
-        quantize(TinyModel(depth=1), iters=1, float8=float8)
-        assert len(tunings[-1].in_8_bits) == chosen
+def test_rough_gradients_of_float32_have_nearly_all_signs_right():
+    torch.manual_seed(0)
+    layer, x, grad = nn.Linear(64, 32), torch.randn(2, 64, 64, requires_grad=True), torch.randn(2, 64, 32)
+    exact = torch.autograd.grad(layer(x), [x, layer.weight], grad)
+    with autoround_device.rough_gradients([layer]):
+        rough = torch.autograd.grad(layer(x), [x, layer.weight], grad)
+    assert torch.equal(rough[0], exact[0])
+    assert not torch.equal(rough[1], exact[1])
+    assert float((rough[1].sign() != exact[1].sign()).float().mean()) < 0.01
 
 
-def test_float8_fits_plain_half_linears_of_sides_that_divide():
-    assert autoround_device.fits_float8(nn.Linear(32, 48).half(), 64)
-    for module, tokens in ((nn.Linear(32, 48), 64), (nn.Linear(30, 48).half(), 64), (nn.Linear(32, 48).half(), 60)):
-        assert not autoround_device.fits_float8(module, tokens)
+@pytest.mark.parametrize("kind", ["bfloat16", None])
+def test_rough_gradients_are_taken_where_the_device_can(monkeypatch, tunings, weights_of, kind):
+    monkeypatch.setattr(autoround_device, "rough_type", lambda device: kind)
+    found = {}
+    for rough in (None, True, False):
+        model = quantize(TinyModel(depth=1), iters=10, checks=0, rough_gradients=rough)
+        assert len(tunings[-1].rough) == (6 if kind and rough is not False else 0)
+        assert qcore.report(model)["facts"]["rough_gradients"] == (None if rough is False else kind)
+        note = layers_of(model)["blocks.0.left"].get("note", "")
+        assert ("multiplies nothing shorter faster" in note) == (kind is None and rough is True)
+        found[rough] = weights_of(model)
+    assert all(found[None][name].equal(found[True][name]) for name in found[None])
+    assert all(found[None][name].equal(found[False][name]) for name in found[None]) == (kind is None)
 
 
-def test_float8_asked_for_where_there_is_none_is_said_so():
-    assert "does not multiply 8-bit floats" in layers_of(quantize(iters=2, float8=True))["blocks.0.left"]["note"]
+def test_only_plain_linears_that_fit_have_rough_gradients(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(autoround_device, "rough_type", lambda device: "float8")
+    half, single = torch.float16, torch.float32
+    assert autoround_device.can_be_rough(nn.Linear(32, 48), half, 64, gpu)
+    assert autoround_device.can_be_rough(nn.Linear(30, 7), single, 5, cpu)
+    for module, dtype, tokens, device in (
+        (nn.Linear(32, 48), single, 64, gpu),
+        (nn.Linear(30, 48), half, 64, gpu),
+        (nn.Linear(32, 48), half, 60, gpu),
+        (nn.Linear(32, 48), half, 64, cpu),
+        (nn.Conv2d(16, 16, 1), single, 64, cpu),
+    ):
+        assert not autoround_device.can_be_rough(module, dtype, tokens, device)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""First-party plugins of this kind; one file each."""
