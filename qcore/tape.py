@@ -115,6 +115,8 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     if func._schema.is_mutable:
         return partial(func._op, *args, **kwargs)
     results = list(_tensors(result))
+    if func is torch.ops.aten._to_copy.default:
+        return partial(result.copy_, args[0])
     out = _out_variant(func)
     if out is None:
         return partial(_copied, partial(func._op, *args, **kwargs), results)
