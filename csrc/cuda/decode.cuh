@@ -17,7 +17,11 @@
 //
 // Each warp has a ring of stages of its own and waits only for its own copies: no barrier inside the loop. A stage
 // holds one chunk column: x [m][64], then the tiles' chunks, then the tiles' scales. The next pass's copies are under
-// way while a pass ends, where warps add up their sums through shared memory.
+// way while a pass ends, where warps add up their sums through shared memory. With act-order x is put in packed order once,
+// before all else, and stages hold weights alone.
+//
+// Instructions count: of the 4.7 us of a 4096 x 4096 product 1.4 pass before its reads are under way, 2 while they arrive. Hence one copy of
+// each piece of code, and addresses that run along.
 #pragma once
 #include "common.cuh"
 
@@ -25,7 +29,6 @@ namespace qcore {
 
 // Sums of one 16-row tile and token take 20 floats in shared memory: lanes g + 20 * 2t hit 32 banks.
 constexpr int SUM_STRIDE = 20;
-
 
 constexpr int FEWEST_STAGES = 2, MOST_STAGES = 6; // of a ring: as many as fit
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from qcore_plugins.backends.cuda_library import CUDA
@@ -39,6 +40,30 @@ def test_products_are_made_by_matrix_instructions(tmp_path):
         wanted = "v_mfma_f32_16x16x16f16" if "__half" in name else "v_mfma_f32_16x16x16bf16_1k"
         assert len(re.findall(rf"\b{wanted}\b", body)) == 4, name  # the k-steps of a chunk
     assert set(re.findall(r"\.vgpr_spill_count: +(\d+)", text)) == {"0"}
+
+
+def test_products_are_right_where_the_matrix_instruction_is_imitated(tmp_path):
+    """The kernel's own code, compiled for the host: threads for lanes, v_mfma as AMD's guide describes it."""
+    compiler = shutil.which("clang++-15") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("clang++ is not installed")
+    here = Path(__file__).parent / "amd_on_host"
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-pthread",
+        "-D__HIP__",
+        "-I",
+        here,
+        "-I",
+        CUDA.sources,
+        here / "products.cpp",
+    ]
+    subprocess.run([*command, "-o", tmp_path / "products"], check=True, capture_output=True)
+    found = subprocess.run([tmp_path / "products"], check=True, capture_output=True, text=True).stdout
+    assert found.count("right") == 16
+    assert "WRONG" not in found, found
 
 
 def test_the_library_links_and_checks_its_arguments(tmp_path):
