@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import Bench, Clock, table, weights_of
 
 import qcore
@@ -31,8 +32,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     "outliers 0.001 left out": {"outliers": 0.001},
     "four times the batch": {"gradient_accumulate_steps": 4},
     "two blocks together": {"n_blocks": 2},
+    "layer_lr: half in what closes the MLP": {"layer_lr": {"down_proj": 0.5, "dense_4h_to_h": 0.5}},
+    "layer_lr: twice in what closes the MLP": {"layer_lr": {"down_proj": 2.0, "dense_4h_to_h": 2.0}},
+    "mixed bits: first and last block one more, two middle ones one less": {"mixed": "ends"},
+    "mixed bits: values and what closes the MLP one more": {
+        "mixed": ("v_proj", "query_key_value", "down_proj", "dense_4h_to_h")
+    },
 }
-COLUMNS = ["model", "grid", "change", "kl_text", "ppl_text", "cpu_seconds"]
+COLUMNS = ["model", "grid", "change", "bits", "kl_text", "ppl_text", "cpu_seconds"]
+
+
+def mixed(kind: str | tuple[str, ...], bits: int, names: list[str], depth: int) -> list[str]:
+    """Return the overrides of mixed bits for a model with these linears; nothing falls below 2 bits."""
+    ends = [f"*.{block}.*:bits={bits + 1}" for block in (0, depth - 1)]
+    if kind == "ends":
+        return ends + [f"*.{block}.*:bits={max(2, bits - 1)}" for block in ((depth - 1) // 2, depth // 2)]
+    return [f"*.{last}:bits={bits + 1}" for last in kind if any(name.endswith(f".{last}") for name in names)]
+
+
+def mean_bits(model: Any) -> float:
+    """Bits a quantized weight has on average, scales and zeros not counted."""
+    weights = [module.weight_source() for module in model.modules() if isinstance(module, qcore.QuantLinear)]
+    return sum(w.bits * w.codes.numel() for w in weights) / sum(w.codes.numel() for w in weights)
 
 
 def main() -> None:
@@ -56,15 +77,26 @@ def main() -> None:
         bench = Bench.open(label, {"text": arguments.text}, arguments.windows, arguments.device)
 
         def run(
-            grid: str, change: str, algorithm: str, label: str = label, bench: Bench = bench, **options: Any
+            grid: str, change: str, algorithm: str, /, label: str = label, bench: Bench = bench, **options: Any
         ) -> None:
+            if "mixed" in options:
+                names = [name for name, module in bench.model.named_modules() if isinstance(module, torch.nn.Linear)]
+                options["overrides"] = mixed(
+                    options.pop("mixed"), int(grid[0]), names, bench.model.config.num_hidden_layers
+                )
             with Clock() as clock:
                 model = qcore.quantize(
                     str(bench.folder), algorithm, bits=int(grid[0]), sym=grid[1] == "s", group_size=64,
                     calibration=arguments.calibration, samples=arguments.samples, seqlen=arguments.seqlen,
                     device=arguments.device, **options,
                 )  # fmt: skip
-            row = {"model": Path(label).name, "grid": grid, "change": change, "cpu_seconds": clock.cpu}
+            row = {
+                "model": Path(label).name,
+                "grid": grid,
+                "change": change,
+                "bits": mean_bits(model),
+                "cpu_seconds": clock.cpu,
+            }
             rows.append({**row, **bench.measure(weights_of(model))})
             print(table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
             arguments.out.write_text(json.dumps(rows, indent=1))

@@ -3,11 +3,13 @@
     python benchmarks/gptq_speed.py                                   # Llama-2-7B, 4 blocks, 128 x 2048 tokens, 4 bits, group 128
     python benchmarks/gptq_speed.py --shape 70b --blocks 4 --samples 64
     python benchmarks/gptq_speed.py --parts --kernels 20              # two more runs: each part waited for; the GPU's kernels
+    python benchmarks/gptq_speed.py max_memory=4GiB --then max_memory=6GiB   # another run of the same model
     python benchmarks/gptq_speed.py --device cpu --shape tiny --samples 8 --seqlen 64 true_sequential=false
 
 A block's time runs from the moment its weights are fetched to the moment the next block's are. `--parts` makes the GPU finish
 each part before the next begins, so that its sum is above the time of an ordinary run; what is on the background thread
-(packing, writing) stands apart. Further arguments are options of qcore.quantize.
+(packing, writing) stands apart. `--kernels` says how long the GPU had nothing to do in the blocks after the first: neither a
+kernel nor a copy ran. Further arguments are options of qcore.quantize.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ from qcore_plugins.algorithms import gptq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcore
-from qcore import blocks, model, run
+from qcore import blocks, model, ranks, run
 from qcore.cli import parse_options
+from qcore.journal import Journal
+from qcore.tools.probe import _peak, _reset_peaks
 from qcore.weight import QuantizedWeight
 
 #: hidden, intermediate, heads, key-value heads
@@ -67,6 +72,8 @@ class Watch:
 
         def block_at(*inputs: Any, original: Any = run._block_at) -> Any:
             self.fetched.append(time.perf_counter())
+            if self.device.type == "cuda":
+                torch.cuda._sleep(1)  # a kernel by whose name `idle` finds where a block begins
             return original(*inputs)
 
         run._block_at = block_at
@@ -118,11 +125,12 @@ TIMED = [
     (blocks.Block, "observe", "walk"),
     (blocks.Block, "advance", "walk"),
     (run, "_quantize", "quantize, the rest"),
-    (run.Journal, "write_block", ASIDE),
+    *((ranks.Ranks, name, "communication") for name in ("sum", "send", "gather")),
+    (Journal, "write_block", ASIDE),
 ]
 
 
-def once(folder: Path, arguments: argparse.Namespace, parts: bool = False) -> dict[str, Any]:
+def once(folder: Path, arguments: argparse.Namespace, options: Sequence[str], parts: bool = False) -> dict[str, Any]:
     """Quantize the folder and return figures."""
     device = torch.device(arguments.device)
     generator = torch.Generator().manual_seed(0)
@@ -131,20 +139,21 @@ def once(folder: Path, arguments: argparse.Namespace, parts: bool = False) -> di
     shutil.rmtree(output, ignore_errors=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peaks(device)
     undo, start = watch.install(), watch.now()
     try:
         qcore.quantize(folder, "gptq", bits=arguments.bits, group_size=128, calibration=tokens, samples=arguments.samples,
-                       seqlen=arguments.seqlen, device=device, output=output, fresh=True, **parse_options(tuple(arguments.options)))  # fmt: skip
+                       seqlen=arguments.seqlen, device=device, output=output, fresh=True, **parse_options(tuple(options)))  # fmt: skip
     finally:
         undo()
     whole = watch.now() - start
-    steps = [round(b - a, 3) for a, b in zip(watch.fetched, watch.fetched[1:], strict=False)]
+    steps = [round(b - a, 3) for a, b in pairwise(watch.fetched)]
     found: dict[str, Any] = {
         "whole s": round(whole, 2),
         "until block 0": round(watch.fetched[0] - start, 2),
         "block s": steps,
     }
+    found["host peak GiB"] = round(_peak() / 2**30, 2)
     if device.type == "cuda":
         found["peak GiB"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         found["reserved GiB"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
@@ -153,14 +162,26 @@ def once(folder: Path, arguments: argparse.Namespace, parts: bool = False) -> di
 
 
 def kernels(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """The GPU's busiest kernels over a run, and how busy it was."""
+    """The GPU's busiest kernels over a run, and how long it had nothing to do."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        found = once(folder, arguments)
+        found = once(folder, arguments, arguments.options)
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
-    busy = sum(row.self_device_time_total for row in rows) / 1e6
-    lines = [f"busy {busy:.2f} s of {found['whole s']} s, blocks {found['block s']}"]
+    lines = [f"{idle(profile):.4f} s a block without work, blocks {found['block s']}"]
     return lines + [f"{row.self_device_time_total / 1e3 / arguments.blocks:9.2f} ms a block {row.count:6} x {row.key[:110]}"
                     for row in rows[: arguments.kernels]]  # fmt: skip
+
+
+def idle(profile: torch.profiler.profile) -> float:
+    """Seconds a block, the first left out, in which the GPU ran nothing."""
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ranges = sorted((event.time_range.start, event.time_range.end, event.name) for event in on_gpu)
+    begins = [start for start, _, name in ranges if "spin_kernel" in name][1:]
+    free, until = 0.0, begins[0]
+    for start, end, _ in ranges:
+        if begins[0] <= start < begins[-1]:
+            free += max(0.0, start - until)
+            until = max(until, end)
+    return free / 1e6 / (len(begins) - 1)
 
 
 def main() -> None:
@@ -174,15 +195,17 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--kernels", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="where the models go")
+    parser.add_argument("--then", action="append", default=[], help="options of one more run, in one string")
     parser.add_argument("options", nargs="*", help="of qcore.quantize: name=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = Path(scratch) / "model"
         size = make_model(folder, arguments.shape, arguments.blocks, torch.device(arguments.device), arguments.seqlen)
-        print(f"{arguments.shape}: {arguments.blocks} blocks of {size:.2f} GiB", *arguments.options, flush=True)
-        print(json.dumps(once(folder, arguments)), flush=True)
+        print(f"{arguments.shape}: {arguments.blocks} blocks of {size:.2f} GiB", flush=True)
+        for options in (arguments.options, *(each.split() for each in arguments.then)):
+            print(*options, json.dumps(once(folder, arguments, options)), flush=True)
         if arguments.parts:
-            print(json.dumps(once(folder, arguments, parts=True)), flush=True)
+            print(json.dumps(once(folder, arguments, arguments.options, parts=True)), flush=True)
         if arguments.kernels:
             print("\n".join(kernels(folder, arguments)), flush=True)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qcore import ModelFolder, QuantLinear
-from qcore.api import open_content
 from qcore.checkpoint import resolve_model
+from qcore.content import open_content
 from qcore.model import load_float, load_tokenizer
 from qcore.plugins import installed
 

@@ -18,10 +18,10 @@ from peft import LoraConfig
 import qcore
 from qcore import QuantLinear
 from qcore.compat.peft import get_peft_model
+from qcore.discovery import find_adapter
 from qcore.experts import unfuse
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
-from qcore.run import find_adapter
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/plugins/models"))

@@ -4,9 +4,13 @@
 
 Shapes are K x N: inputs x outputs. Times are medians in milliseconds, of the whole (factorization included) and of its parts:
 `factor`, `updates` of the columns behind each block (matrix products both), and `columns`: grid search and loop over columns,
-what the compiled solvers replace. Beside them: the share of codes that equal the reference's, and the loss
-tr((W - Q) H (W - Q)') over the reference's. Where a tie falls the other way a row goes on differently: codes may differ, losses
-may not. With --tile 8x1,16x2 the Triton kernel's rows of a program x warps are tried in turn. On a CPU the threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time, for a machine with other work.
+what the compiled solvers replace. Beside them: the share of codes that equal those of the first row, and the loss
+tr((W - Q) H (W - Q)') over that of the first row. Where a tie falls the other way a row goes on differently: codes may differ,
+losses may not.
+
+On a CPU the first two rows, `plain64` and `plain32`, are the paper's algorithm written down column by column in float64 and float32,
+its factor from three steps (Cholesky, inverse, Cholesky). The threads are torch's (OMP_NUM_THREADS); --cpu-time counts CPU time,
+for a machine with other work. With --tile 8x1,16x2 the Triton kernel's rows of a program x warps are tried in turn.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from qcore_plugins.algorithms import gptq
+from qcore_plugins.algorithms.rtn import find_grid
 from torch import Tensor
 
-from qcore import QuantConfig
+from qcore import QuantConfig, grid
 
 
 def problem(K: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -76,6 +82,37 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def chain(H: Tensor, perm: Tensor, params: gptq.Gptq.Params) -> Tensor:
+    """The factor as the paper has it: the upper Cholesky factor of the inverse."""
+    A = gptq.dampen_(H[perm][:, perm], params.damp_percent, params.shrink)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(A)), upper=True)
+
+
+def plain(W: Tensor, H: Tensor, config: QuantConfig, params: gptq.Gptq.Params) -> gptq.Solution:
+    """The paper's algorithm for groups kept whole, in the dtype of W [out, in] and H."""
+    (rows, columns), size = W.shape, config.group_size
+    perm = gptq.column_order(H.diagonal(), size, params.order)
+    U, inverse = chain(H, perm, params), perm.argsort()
+    group_of = grid.group_index(columns, size, W.device)[perm].long()
+    W, codes = W[:, perm], torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
+    scales = W.new_ones(rows, grid.num_groups(columns, size))
+    zeros, importance = torch.ones_like(scales), U.diagonal().square().reciprocal()
+    for first in range(0, columns, params.block_size):
+        last = min(first + params.block_size, columns)
+        live, Err = W[:, first:last].clone(), W.new_empty(rows, last - first)
+        for i, j in enumerate(range(first, last)):
+            if j % size == 0:
+                group = find_grid(live[:, i : i + size].contiguous(), config, params.grid, importance[j : j + size])
+                scales[:, group_of[j]], zeros[:, group_of[j]] = group[0], group[1]
+            scale, zero = scales[:, group_of[j]], zeros[:, group_of[j]]
+            code = (live[:, i] / scale + zero).round().clamp(0, config.maxq)
+            Err[:, i] = (live[:, i] - scale * (code - zero)) / U[j, j]
+            live[:, i:] -= Err[:, i, None] @ U[j, None, j:last]
+            codes[:, j] = code
+        W[:, last:] -= Err @ U[first:last, last:]
+    return gptq.Solution(codes[:, inverse], scales.float(), zeros.float(), group_of[inverse].int(), params.damp_percent)
+
+
 def updates(W: Tensor, H: Tensor, config: QuantConfig, params: gptq.Gptq.Params) -> None:
     """The products that update the columns behind each block and panel, with any numbers."""
     Wt = W.t().contiguous()
@@ -118,6 +155,22 @@ def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any
     factor = clock.median(lambda: gptq.inverse_factor(H, perm, params.damp_percent, params.shrink))
     products = clock.median(lambda: updates(W, H, config, params))
     rows, reference = [], None
+    for dtype in (torch.float64, torch.float32) if device.type == "cpu" and not arguments.alone else ():
+        w, h = W.to(dtype), H.to(dtype)
+        paper = partial(plain, w, h, config, params)
+        solution = paper()
+        reference = reference or solution
+        row: dict[str, Any] = {
+            "shape": f"{K}x{N}",
+            "solver": f"plain{8 * dtype.itemsize}",
+            "whole": clock.median(paper),
+        }
+        row |= {
+            "factor": clock.median(partial(chain, h, perm, params)),
+            "updates": clock.median(partial(updates, w, h, config, params)),
+        }
+        row["columns"] = row["whole"] - row["factor"] - row["updates"]
+        rows.append(row | compared(solution, reference, W, H))
     for name, quantize in solvers(arguments.solver, device, arguments.tile, arguments.alone):
 
         def solve(quantize: gptq.Columns = quantize) -> gptq.Solution:
@@ -127,11 +180,15 @@ def measure(K: int, N: int, arguments: argparse.Namespace) -> list[dict[str, Any
 
         solution = solve()
         reference = reference or solution
-        row: dict[str, Any] = {"shape": f"{K}x{N}", "solver": name, "whole": clock.median(solve), "factor": factor}
-        row |= {"updates": products, "columns": clock.inside(solve, quantize)}
-        row["codes equal"] = float((solution.codes == reference.codes).float().mean())
-        rows.append(row | {"loss ratio": loss(W, H, solution) / loss(W, H, reference)})
+        row = {"shape": f"{K}x{N}", "solver": name, "whole": clock.median(solve), "factor": factor, "updates": products}
+        row["columns"] = clock.inside(solve, quantize)
+        rows.append(row | compared(solution, reference, W, H))
     return rows
+
+
+def compared(found: gptq.Solution, reference: gptq.Solution, W: Tensor, H: Tensor) -> dict[str, float]:
+    same = float((found.codes == reference.codes).float().mean())
+    return {"codes equal": same, "loss ratio": loss(W, H, found) / loss(W, H, reference)}
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libqcore_cpu.so"
-#: no contraction and no fast-math: the same bits from every compiler and on every CPU
-FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=default")
+#: no contraction and no fast-math: the same bits from every compiler and on every CPU; torch's exceptions pass through torch_op.c
+FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fexceptions", "-fPIC", "-shared", "-pthread", "-fvisibility=default")
 SUFFIXES = (".c", ".cu", ".cuh", ".h")
 
 

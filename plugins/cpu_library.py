@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -14,11 +15,12 @@ from .csrc import build as recipe
 from .native import Native, run_compiler
 
 OK, SCALE_OVERFLOW = 0, 3  # QC_OK, QC_SCALE_OVERFLOW of qcore_cpu.h
+LEVELS = ("best", "portable", "avx2", "avx512", "avx512_bf16")  # instruction sets, as QC_LEVEL_… number them
 SEARCH = {"none": 0, "minmax": 1, "mse": 2}  # QC_SEARCH_…
 
 CPU = Native(
     name="cpu",
-    abi=1,  # QC_CPU_ABI
+    abi=2,  # QC_CPU_ABI
     flags=recipe.FLAGS,
     functions={
         "qc_abi_version": (ctypes.c_int, ""),
@@ -35,6 +37,7 @@ CPU = Native(
             "bits sym rows# groups# group_size# columns# W* V* G* Q* low* high* alpha* beta* rates* threads parallel*",
         ),
         "qc_matmul_level": (ctypes.c_int, ""),
+        "qc_limit_matmul_level": (ctypes.c_int, "level"),
         "qc_cpu_matmul": (
             ctypes.c_int,
             "bits dtype m# n# columns# k# group_size# asym half_meta x* ldx# packed* meta* perm* y* ldy# threads level parallel*",
@@ -44,6 +47,7 @@ CPU = Native(
             ctypes.c_int,
             "bits dtype n# columns# k# group_size# asym half_meta packed* meta* perm* weight* ldw# threads parallel*",
         ),
+        "qc_torch_register": (ctypes.c_int, "functions* count#"),
     },
 )
 
@@ -55,10 +59,55 @@ def openmp() -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
+#: what csrc/cpu/torch_op.c calls, in the order of its struct: torch's stable C interface and its OpenMP runtime
+TORCH_FUNCTIONS = (
+    *(f"aoti_torch_{name}" for name in (
+        "get_data_ptr", "get_dim", "get_sizes", "get_strides", "get_numel", "get_dtype", "get_device_type", "empty_strided",
+        "delete_tensor_object", "check", "library_init_impl", "library_impl",
+    )),
+    "omp_get_max_threads", "GOMP_parallel",
+)  # fmt: skip
+
+
+@cache
+def register() -> str | None:
+    """Let the library serve qcore::cpu_matmul without Python, for the rest of the process; return None, or why it cannot."""
+    import torch
+
+    names = torch.__path__[0] + "/lib/libtorch_cpu.so"
+    try:
+        libraries = [ctypes.CDLL(names), ctypes.CDLL(None)]
+    except OSError as error:
+        return str(error)
+    found = [next((getattr(each, name) for each in libraries if hasattr(each, name)), None) for name in TORCH_FUNCTIONS]
+    missing = [name for name, function in zip(TORCH_FUNCTIONS, found, strict=True) if function is None]
+    if missing:
+        return f"this torch has no {missing[0]}"
+    table = (ctypes.c_void_p * len(found))(*(ctypes.cast(each, ctypes.c_void_p).value for each in found if each))
+    CPU.call(load(), "qc_torch_register", ctypes.addressof(table), len(found))
+    return None
+
+
 @cache
 def load() -> ctypes.CDLL:
-    """Return the library, loaded once; raises BackendError saying how to get it."""
-    return CPU.open(find())
+    """Return the library, loaded once; raises BackendError saying how to get it.
+
+    QCORE_CPU_LEVEL names the instruction set that products use, in place of the machine's best.
+    """
+    library = CPU.open(find())
+    named = os.environ.get("QCORE_CPU_LEVEL")
+    if named:
+        limit_level(library, named)
+    return library
+
+
+def limit_level(library: ctypes.CDLL, name: str) -> None:
+    """Have products use an instruction set of LEVELS; "best" for the machine's best again."""
+    if name not in LEVELS:
+        raise BackendError(f"QCORE_CPU_LEVEL={name} is no instruction set: expected one of {', '.join(LEVELS)}.")
+    if library.qc_limit_matmul_level(LEVELS.index(name)):
+        best = LEVELS[library.qc_matmul_level()]
+        raise BackendError(f"QCORE_CPU_LEVEL={name}: this machine does not have it; its best is {best}.")
 
 
 def unavailable() -> str | None:
@@ -78,7 +127,7 @@ def find() -> Path:
     beside, cached = CPU.sources / CPU.file, CPU.cached(platform.machine())
     if named:
         return named
-    if beside.is_file() and CPU.open(beside).qc_source().decode() == CPU.source_hash():
+    if beside.is_file() and _compiled_from(beside, beside.stat().st_mtime_ns) == CPU.source_hash():
         return beside
     if cached.is_file():
         return cached
@@ -86,6 +135,13 @@ def find() -> Path:
     raise BackendError(
         f"the CPU kernels are not built{stale}; run `qcore build-kernels` (needs a C compiler, takes seconds)"
     )
+
+
+@cache
+def _compiled_from(library: Path, changed: int) -> str:
+    """The hash of the sources that a library was compiled from."""
+    source: bytes = CPU.open(library).qc_source()
+    return source.decode()
 
 
 def build(report: Callable[[str], None]) -> Path:

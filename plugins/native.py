@@ -11,6 +11,7 @@ A library is looked for in three places, in this order:
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import tempfile
@@ -26,6 +27,12 @@ from . import csrc
 from .csrc.build import source_hash
 
 _TYPES = {"#": ctypes.c_int64, "*": ctypes.c_void_p}
+
+
+@functools.cache
+def _hash_at(sources: Path, flags: tuple[str, ...], stamps: object) -> str:
+    """The hash of sources as they are at some time; it is asked for with every layer that is loaded."""
+    return source_hash(sources, flags)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +62,10 @@ class Native:
         return f"QCORE_{self.name.upper()}_LIBRARY"
 
     def source_hash(self) -> str:
-        return source_hash(self.sources, self.flags)
+        stamps = tuple(
+            (file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in sorted(self.sources.glob("*"))
+        )
+        return _hash_at(self.sources, tuple(self.flags), stamps)
 
     def named(self) -> Path | None:
         """The file that the environment names; raises BackendError when there is no such file."""

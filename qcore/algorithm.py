@@ -161,6 +161,8 @@ class Algorithm(ABC):
     #: whether all it makes of the calibration comes through `BlockContext.accumulate`. Then each process of a run of several sees
     #: its share of the batches; else each sees them all and does the same, and the first one's results count
     shares_calibration: ClassVar[bool] = False
+    #: how many processes may share one batch, set by the run: 1 when its result must not depend on their number
+    processes: int = 1
 
     def __init__(self, **params: Any) -> None:
         self.params = self.Params.parse(params, f"algorithm {self.name!r}")

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,70 +33,38 @@ from .checkpoint import (
     write_manifest,
 )
 from .config import Override, QuantConfig
-from .errors import CheckpointError, ConfigError, ModelError, QcoreError, suggest
+from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
+from .errors import ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
-from .exporter import Content, Exporter, LayerSpec
+from .exporter import Exporter
 from .fast import accelerate
+from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
-from .memory import parse_bytes, plan_room
+from .memory import parse_bytes
 from .model import (
     FolderWeights,
     ModuleWeights,
     Names,
-    Weights,
     compute_dtype,
     load_float,
     load_quantized,
     load_tokenizer,
-    match_keys,
-    save_own_code,
+    longest,
     skeleton,
     stored_dtype,
+    vocabulary,
 )
+from .plan import Job, check_format, check_model, make_job
 from .plugins import Plugins, installed
 from .ranks import Ranks
-from .run import (
-    Job,
-    Journal,
-    _announce,
-    _calibration_facts,
-    _model_dtype,
-    _nobody,
-    _vocabulary,
-    check_format,
-    check_model,
-    find_adapter,
-    fingerprint,
-    model_digest,
-    plan_linears,
-    provenance,
-    quantize_blocks,
-    quantize_to_folder,
-    renamed,
-    same_everywhere,
-    shape_of,
-)
+from .run import announce, nobody, quantize_blocks, quantize_to_folder
 from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"
 DEFAULT_FORMAT = "gptq"
 DEFAULT_CALIBRATION = "topics,self"  # measured best without a network (docs/benchmarks.md)
 DEFAULT_CALIBRATION_OF_LARGE = "topics"  # sampling needs the float model whole
-
-
-@dataclass
-class Info:
-    """What qcore knows of a model it made or loaded; kept as `model.qcore_info`."""
-
-    report: dict[str, Any]
-    tokenizer: Any | None = None
-    files: Mapping[str, Path] = field(default_factory=dict)
-    config: Mapping[str, Any] | None = None  # config.json of the folder it came from
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
-    strangers: Mapping[str, Callable[[], Tensor]] = field(
-        default_factory=dict
-    )  # its tensors that the model does not know
 
 
 def quantize(
@@ -187,11 +152,11 @@ def quantize(
 
     def make_calibration() -> Calibration:
         request = CalibrationRequest(tokenizer, samples, seqlen, seed, place, float_model)
-        return prepare(calibration, request, _vocabulary(network), plugins, _longest(network))
+        return prepare(calibration, request, vocabulary(network), plugins, longest(network))
 
     calibrates, source = algorithm.uses_calibration, identify(calibration)
     given = make_calibration() if calibrates and source is None else None  # in memory: every process has its own copy
-    used = {"calibration": _calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
+    used = {"calibration": calibration_facts(given) if given else source, "samples": samples, "seqlen": seqlen}
     if job.ranks.size > 1:
         same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
 
@@ -220,52 +185,6 @@ def quantize(
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
     return target
-
-
-def make_job(
-    network: nn.Module,
-    weights: Weights,
-    folder: ModelFolder | None,
-    label: str,
-    algorithm: Algorithm,
-    config: QuantConfig,
-    plugins: Plugins,
-    *,
-    overrides: Sequence[Override | str | Mapping[str, Any]],
-    tokens: int,
-    seqlen: int,
-    batch_size: int | None,
-    limit: int | None,
-    seed: int,
-    device: torch.device,
-    adapter: str | ModelAdapter | None,
-    ranks: Ranks,
-) -> Job:
-    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
-
-    limit: bytes of the device's memory to use, or None.
-    """
-    chosen = find_adapter(network, weights, plugins, device, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
-    dtype = compute_dtype(stored_dtype(folder) if folder else _model_dtype(network), device)
-    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
-    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
-    return Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=linears,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-        ranks=ranks,
-    )
 
 
 #: reports of runs of this process, which know the times that folders do not hold
@@ -314,33 +233,17 @@ def _fits(folder: ModelFolder, device: torch.device) -> bool:
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:
-    """The width of hidden states and that of the widest linear's output."""
-    widest = max((shape_of(model.get_submodule(name))[0] for name in linears), default=0)
-    hidden = getattr(model.config, "hidden_size", None)
-    return (hidden if isinstance(hidden, int) else widest), widest
-
-
-def _longest(model: nn.Module) -> int | None:
-    """The longest sequence the model's positions reach, where its config tells."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(model.config, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
 def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell = plugins.call if job.ranks.rank == 0 else nobody
     tell(
         "qcore_run_started",
         plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
     )
     backends = plugins.usable("backend")
-    unknown = _unknown(job.model, folder.tensors) if folder else []
+    unknown = unknown_tensors(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, _announce(tell)):
+    for _, results, found in quantize_blocks(job, None, announce(tell)):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
@@ -352,28 +255,6 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
     tell("qcore_run_finished", report=report)
     return job.model
-
-
-def info_of(
-    report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
-) -> Info:
-    """Return what to keep of a model that was quantized or loaded; unknown: checkpoint tensors it has no parameter for."""
-    if folder is None:
-        return Info(report, tokenizer)
-    keys = match_keys(model, folder.tensors, partial=True)
-    dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    strangers = {key: partial(folder.tensor, key) for key in unknown}
-    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
-
-
-def _unknown(model: nn.Module, available: Iterable[str]) -> list[str]:
-    """Tensors of a checkpoint that this model has no parameter for."""
-    available = list(available)
-    known = {
-        *match_keys(model, available, partial=True).values(),
-        *(getattr(model, "all_tied_weights_keys", None) or ()),
-    }
-    return [key for key in available if key not in known]
 
 
 class _CompactSource:
@@ -414,87 +295,6 @@ def save(
     return target
 
 
-@contextmanager
-def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
-    """A quantized model in memory as the neutral stream that formats write."""
-    names = Names(model)
-    linears = {
-        names.layer_on_disk(name): (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-    }
-    if not linears:
-        raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
-    info: Info = getattr(model, "qcore_info", None) or Info({})
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    quantized = {name for name, _ in linears.values()}
-    state = {
-        names.on_disk(name): (name, tensor)
-        for name, tensor in model.state_dict().items()
-        if name not in tied and name.rpartition(".")[0] not in quantized
-    }
-
-    def weight(key: str) -> QuantizedWeight:
-        name, module = linears[key]
-        exact: QuantizedWeight = module.weight_source()
-        stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
-        return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
-
-    def tensor(key: str) -> Tensor:
-        if key in info.strangers:
-            return info.strangers[key]()
-        name, value = state[key]
-        assert isinstance(value, Tensor)
-        return value.to(info.dtypes.get(name, value.dtype))
-
-    description = {k: v for k, v in info.report.items() if k != "layers"}
-    config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
-    config.pop("quantization_config", None)
-    config["architectures"] = config.get("architectures") or [type(model).__name__]
-    with tempfile.TemporaryDirectory() as scratch:
-        files = dict(info.files)
-        tokenizer = tokenizer or (None if files else info.tokenizer)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        if getattr(model, "_auto_class", None) and not any(name.endswith(".py") for name in files):
-            config |= save_own_code(model, Path(scratch))
-        if getattr(model, "generation_config", None) is not None and "generation_config.json" not in files:
-            model.generation_config.save_pretrained(scratch)  # type: ignore[operator, union-attr]
-        files |= {file.name: file for file in sorted(Path(scratch).iterdir()) if file.is_file()}
-        yield Content(
-            config=config,
-            layers={
-                key: LayerSpec(key, module.config, module.in_features, module.out_features, module.spec.act_order)
-                for key, (_, module) in linears.items()
-            },
-            weight=weight,
-            tensors=[*state, *info.strangers],
-            tensor=tensor,
-            provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
-            files=files,
-        )
-
-
-def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter, Content]:
-    """Find out a quantized folder's format and open it as a stream.
-
-    Raises CheckpointError when it is not quantized, or no installed format reads it.
-    """
-    plugins = plugins or installed()
-    config = folder_config(folder)
-    exporters: dict[str, Exporter] = plugins.usable("format")
-    for exporter in exporters.values():
-        if exporter.detects(folder, config):
-            return exporter, exporter.open(folder)
-    quantization = config.get("quantization_config")
-    if not quantization:
-        raise CheckpointError(f"{folder} is not quantized; open it with transformers, or quantize it first.")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    raise CheckpointError(
-        f"{folder} says quant_method {method!r}, which no installed format reads: {suggest(str(method), exporters)}"
-    )
-
-
 def load(
     model: str | Path,
     *,
@@ -513,7 +313,7 @@ def load(
     backend: a backend's name, a Backend object, or "auto": the fastest that can serve each layer; the
     environment variable QCORE_BACKEND says what "auto" means. dtype: of activations and of
     what is not quantized (None: as stored; float32 in place of half types on a CPU). device_map: as in accelerate.
-    fast: generate by a compiled step, captured as a CUDA graph on a GPU, and multiply linears of one input as one (qcore.fast).
+    fast: generate by a step that is compiled and captured on a GPU and recorded on a CPU, and multiply linears of one input as one (qcore.fast).
     tokens: how many most products will have, for the choice of backends: 1 for generation, many for batches and evaluation.
 
     Raises CheckpointError for a damaged or unknown folder, BackendError when no backend can serve a layer, ModelError when
@@ -532,11 +332,11 @@ def load(
         accelerate(network, plugins=plugins)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     found = dict(content.provenance)
-    layers = found.pop("layers", None) or [_plain_record(layer) for layer in content.layers.values()]
+    layers = found.pop("layers", None) or [plain_record(layer) for layer in content.layers.values()]
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    network.qcore_info = info_of(report, tokenizer, network, files, _unknown(network, content.tensors))  # type: ignore[assignment]
+    network.qcore_info = info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors))  # type: ignore[assignment]
     return network
 
 
@@ -559,17 +359,6 @@ def shared_inputs(model: nn.Module, plugins: Plugins) -> Iterator[list[str]]:
     for name, block in adapter.find_blocks(model):
         for group in adapter.groups_in(block):
             yield [f"{name}.{linear}" for linear in group]
-
-
-def _plain_record(layer: LayerSpec) -> dict[str, Any]:
-    shape = [layer.out_features, layer.in_features]
-    return {
-        "name": layer.name,
-        "shape": shape,
-        **layer.config.model_dump(),
-        "act_order": layer.act_order,
-        "error": None,
-    }
 
 
 def open_any(
@@ -694,7 +483,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "size_float16": 2 * (weights + sum(torch.Size(files.tensors[name].shape).numel() for name in floats)),
         "quantized_weights": weights,
         "bits_per_weight": 8 * quantized_bytes / weights if weights else None,
-        "layers": [{**_plain_record(content.layers[name]), **records.get(name, {})} for name in names],
+        "layers": [{**plain_record(content.layers[name]), **records.get(name, {})} for name in names],
         "float_tensors": sorted(floats),
         "provenance": {key: value for key, value in content.provenance.items() if key != "layers"},
         "notes": list(content.notes),

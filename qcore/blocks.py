@@ -1,16 +1,10 @@
-"""The walk over decoder blocks: bring in, observe, replay, let go.
-
-`capture` runs the model's own forward once with every block replaced by a recorder, so that whatever a model passes to
-its blocks (masks, rotary embeddings, per-layer variants of both) is what they get here. `Block` is the BlockContext
-that algorithms see.
-"""
+"""The block under work: observed, replayed, moved on. `Block` is the BlockContext that algorithms see."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,11 +13,12 @@ from torch import Tensor, nn
 
 from .adapter import is_linear
 from .algorithm import Linear, Task, TotalT
+from .capture import Captured, Closing, Enough, Stream, first_output, own
 from .config import QuantConfig
-from .errors import ModelError, RunError
+from .errors import RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
-from .memory import MEMO_BYTES, Ferry, is_out_of_memory
+from .memory import MEMO_BYTES, Ferry
 from .packing import pack
 from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
@@ -32,164 +27,6 @@ from .weight import QuantizedWeight
 FEW_TOKENS = 0.25
 #: tasks a deterministic run asks for: more than a block has, so that how it is cut does not depend on the processes
 MANY = 2**20
-
-
-@dataclass
-class Stream:
-    """Hidden states between two blocks: one tensor [batch, length, hidden] per calibration batch.
-
-    passed: the index of the block they went through last. moved: how many of them are through the next one already; more than
-    none only while that block is under work. closing: see `Closing`, by class and name of a block's child.
-    """
-
-    hidden: list[Tensor]
-    passed: int = -1
-    moved: int = 0
-    closing: dict[tuple[type, str], Closing | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Closing:
-    """The linear whose very output a child of a block returns, as attention does its projection's: who has kept the linear's
-    input need not run the child. width: 0 when the child returns it plainly, else the length of a tuple of it and None.
-    """
-
-    linear: str
-    width: int
-
-
-@dataclass
-class Captured:
-    """What one pass over the embeddings yields: block 0's inputs, and per block and batch the keyword arguments."""
-
-    stream: Stream
-    kwargs: list[list[dict[str, Any]]]  # [block][batch]
-    masks: list[Tensor | None]  # [batch], bool [batch, length]
-
-
-class _Enough(Exception):
-    """Everything wanted from this forward pass has been seen."""
-
-
-def capture(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    batches: Sequence[tuple[Tensor, Tensor | None]],
-    device: torch.device,
-    keep: Callable[[Tensor], Tensor],
-) -> Captured:
-    """Run what stands before the blocks on every batch and record what each block would be called with.
-
-    keep: puts hidden states where they stay between uses.
-    Raises ModelError when the model changes hidden states between blocks, which a block-by-block walk cannot follow.
-    """
-    stumbled: list[Exception] = []
-    for width in (0, 1, 2, 3):  # a block returns its hidden states plainly, or first in a tuple
-        recorders = [_Recorder(block, width) for block in blocks]
-        stream, kwargs = Stream([]), [[] for _ in blocks]  # type: ignore[var-annotated]
-        try:
-            for block, recorder in zip(blocks, recorders, strict=True):
-                block.forward = recorder
-            for ids, mask in batches:
-                for recorder in recorders:
-                    recorder.call = None
-                recorders[-1].stop = True
-                attention = None if mask is None else mask.to(device, torch.int64)
-                try:
-                    _run_until_enough(model, ids.to(device), attention)
-                except Exception as error:
-                    if is_out_of_memory(error):
-                        raise RunError(
-                            f"memory ran out in front of the first block: {error}. Give a smaller batch_size."
-                        ) from None
-                    # a model handed a tensor where it expects a tuple, or the reverse
-                    stumbled.append(error)
-                    break
-                if not all(recorder.call for recorder in recorders) or not _unchanged(recorders):
-                    break
-                stream.hidden.append(keep(_first(recorders)))
-                keep_on = device if mask is None else stream.hidden[-1].device  # what belongs to padding may be large
-                for index, recorder in enumerate(recorders):
-                    previous = kwargs[index][-1] if kwargs[index] else {}
-                    kwargs[index].append(_reuse(_own(recorder.call[1], keep_on), previous))  # type: ignore[index]
-            else:
-                return Captured(stream, kwargs, [mask for _, mask in batches])
-        finally:
-            for block in blocks:
-                del block.forward
-    found = f" It stopped with {type(stumbled[0]).__name__}: {stumbled[0]}" if len(stumbled) == 4 else ""
-    raise ModelError(
-        f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
-        f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
-    ) from (stumbled[0] if stumbled else None)
-
-
-def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -> None:
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=attention, use_cache=False)
-    except _Enough:
-        pass
-
-
-class _Recorder:
-    """Stands in for a block's forward: notes the call and passes the hidden states on untouched."""
-
-    def __init__(self, block: nn.Module, width: int) -> None:
-        self.signature = inspect.signature(type(block).forward)
-        self.width, self.stop = width, False
-        self.call: tuple[Tensor, dict[str, Any]] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.call = split_call(self.signature, args, kwargs)
-        if self.stop:
-            raise _Enough
-        return (self.call[0], *[None] * (self.width - 1)) if self.width else self.call[0]
-
-
-def split_call(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Return (hidden states, all else by keyword) of a block call, caches left out."""
-    names = [name for name in signature.parameters if name != "self"]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    hidden = given.pop(names[0])
-    for name in ("past_key_value", "past_key_values", "layer_past", "use_cache"):
-        if given.get(name) is not None:
-            given[name] = False if name == "use_cache" else None
-    return hidden, given
-
-
-def _first(recorders: Sequence[_Recorder]) -> Tensor:
-    call = recorders[0].call
-    assert call is not None
-    return call[0]
-
-
-def _unchanged(recorders: Sequence[_Recorder]) -> bool:
-    first = _first(recorders)
-    return all(r.call is not None and isinstance(r.call[0], Tensor) and r.call[0] is first for r in recorders)
-
-
-def _own(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested value."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_own(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _own(item, device) for key, item in value.items()}
-    return value
-
-
-def _reuse(value: Any, previous: Any) -> Any:
-    """Return `value` with every tensor equal to the one in `previous` replaced by it: batches share their masks."""
-    if isinstance(value, Tensor):
-        same = isinstance(previous, Tensor) and value.shape == previous.shape and value.dtype == previous.dtype
-        return previous if same and torch.equal(value, previous) else value
-    if isinstance(value, (list, tuple)) and isinstance(previous, (list, tuple)) and len(value) == len(previous):
-        return type(value)(_reuse(a, b) for a, b in zip(value, previous, strict=True))
-    if isinstance(value, dict) and isinstance(previous, dict):
-        return {key: _reuse(item, previous.get(key)) for key, item in value.items()}
-    return value
 
 
 class Span(nn.ModuleDict):
@@ -264,12 +101,12 @@ class Block:
                 total += len(chosen)
                 for index in range(len(counts)):
                     counts[index] += int((chosen == index).sum())
-                raise _Enough
+                raise Enough
 
             hook = experts.register_forward_pre_hook(note)
             try:
                 self.forward(hidden, kwargs)
-            except _Enough:
+            except Enough:
                 pass
             finally:
                 hook.remove()
@@ -341,31 +178,26 @@ class Block:
     def _exchange(
         self, owner_of: Mapping[str, int], found: Mapping[str, QuantizedWeight]
     ) -> dict[str, QuantizedWeight]:
-        """Return the named weights, each from the process that owns it; their records come along."""
+        """Return the named weights, each from the process that owns it; their records come along.
+
+        Hosts wait for each other, but not for what their GPUs have yet to compute.
+        """
         if self.ranks.size == 1 or not owner_of:
             return {name: found[name] for name in owner_of}
-        mine = {name: _parts(found[name], self.device) for name, owner in owner_of.items() if owner == self.ranks.rank}
-        told = self.ranks.gather(
-            {
-                name: (
-                    {part: (t.shape, t.dtype) for part, t in parts.items()},
-                    found[name].config,
-                    {key: v.item() if isinstance(v, Tensor) else v for key, v in self.records[name].items()},
-                )
-                for name, parts in mine.items()
-            }
-        )
-        results = {}
-        for name, owner in owner_of.items():
-            layout, config, self.records[name] = told[owner][name]
-            parts = mine.get(name) or {
-                part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()
-            }
-            self.ranks.send(list(parts.values()), owner)
-            if "bias" in parts:
-                parts["bias"] = parts["bias"].cpu()
-            results[name] = found[name] if name in mine else QuantizedWeight.from_tensors(parts, config)
-        return results
+        own = [name for name, owner in owner_of.items() if owner == self.ranks.rank]
+        mine = {name: _parts(found[name], self.records[name], self.device) for name in own}
+        told = self.ranks.gather({name: _described(mine[name], found[name].config, self.records[name]) for name in own})
+        results: dict[str, QuantizedWeight] = {}
+        for owner in sorted(set(owner_of.values())):
+            parts = mine if owner == self.ranks.rank else {
+                name: {part: torch.empty(shape, dtype=dtype, device=self.device) for part, (shape, dtype) in layout.items()}
+                for name, (layout, _, _) in told[owner].items()
+            }  # fmt: skip
+            self.ranks.send([tensor for each in parts.values() for tensor in each.values()], owner)
+            for name, (_, config, facts) in told[owner].items():
+                self.records[name] = {key: parts[name].pop(f"{FACT}{key}", fact) for key, fact in facts.items()}
+                results[name] = found[name] if owner == self.ranks.rank else _from_parts(parts[name], config)
+        return {name: results[name] for name in owner_of}
 
     def replace(self, name: str, weight: QuantizedWeight) -> None:
         set_weight(self._module(name), weight.to(self.device).dequantize(self.linears[name].weight.dtype))
@@ -373,6 +205,11 @@ class Block:
         if name in self._final or any(self._position(other) > position for other in self._final):
             self._forget()  # out of order: what ran behind this linear has another input now
         self._final[name] = weight
+
+    def drop_original(self, name: str) -> None:
+        """Let go of a linear's float weight, which nothing asks for any more."""
+        linear = self.linears[name]
+        self.linears = {**self.linears, name: replace(linear, weight=linear.weight.to("meta"))}
 
     def _forget(self) -> None:
         """Drop what is kept of earlier replays."""
@@ -418,11 +255,11 @@ class Block:
 
     def batches(self, *, float_stream: bool = False) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
         for number, hidden in enumerate(self.ferry.bring(self._source(float_stream).hidden)):
-            yield hidden, _own(self.kwargs[number], self.device), self.masks[number]
+            yield hidden, own(self.kwargs[number], self.device), self.masks[number]
 
     def batch(self, number: int, *, float_stream: bool = False) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         hidden = self._source(float_stream).hidden[number].to(self.device)
-        return hidden, _own(self.kwargs[number], self.device), self.masks[number]
+        return hidden, own(self.kwargs[number], self.device), self.masks[number]
 
     def _source(self, float_stream: bool) -> Stream:
         source = self.float_inputs if float_stream else self.stream
@@ -484,7 +321,7 @@ class Block:
         """
         finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: looking makes the host wait
         for number, inputs in enumerate(self.ferry.bring(stream.hidden, stream.moved), stream.moved):
-            hidden, arguments = stream.hidden[number], _own(self.kwargs[number], self.device)
+            hidden, arguments = stream.hidden[number], own(self.kwargs[number], self.device)
             if original:
                 with self._watched(names, visit, self.masks[number]):
                     output = self.forward(inputs, arguments)
@@ -542,7 +379,7 @@ class Block:
                 seen.setdefault(name, []).append(_tokens(args[0], mask))
                 last[name] = args[0]
                 if len(seen) == len(names):
-                    raise _Enough
+                    raise Enough
 
             hooks.append(self._module(name).register_forward_pre_hook(note))
         try:
@@ -551,7 +388,7 @@ class Block:
             else:
                 with _Memoised(self, memo_for):
                     self.forward(hidden, kwargs)
-        except _Enough:
+        except Enough:
             pass
         finally:
             for hook in hooks:
@@ -567,14 +404,17 @@ def _run(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor, kwargs: 
         output = torch.func.functional_call(module, weights, (hidden,), kwargs)
     else:
         output = module(hidden, **kwargs)
-    return _first_output(output)
+    return first_output(output)
 
 
 @cache
 def _compiled_run() -> Callable[..., Tensor]:
-    """`_run`, compiled; where torch has the choice, with kernels that are not picked by how long they took."""
-    steady = "deterministic" in torch._inductor.list_options()
-    return torch.compile(_run, options={"deterministic": True} if steady else None)
+    """`_run`, compiled soon: kernels are not picked by how long they took, which also keeps equal runs equal, and no patterns are looked
+    for, of which blocks hold none that pays (half of the compilation; the steps of a Llama block are as fast).
+    """
+    options: dict[str, Any] = {"triton.autotune_pointwise": False, "pattern_matcher": False, "deterministic": True}
+    known = torch._inductor.list_options()
+    return torch.compile(_run, options={name: value for name, value in options.items() if name in known})
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -590,8 +430,15 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
-    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`."""
+#: in front of a fact's name among the parts of a weight
+FACT = "fact."
+
+
+def _parts(weight: QuantizedWeight, facts: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Return a weight as it is sent to other processes: as `QuantizedWeight.from_tensors` takes it, on `device`.
+
+    With it go the facts recorded of it that are tensors.
+    """
     parts = {
         "codes": pack(weight.codes, weight.bits),
         "scales": weight.scales,
@@ -600,7 +447,20 @@ def _parts(weight: QuantizedWeight, device: torch.device) -> dict[str, Tensor]:
     }
     if weight.bias is not None:
         parts["bias"] = weight.bias
+    parts |= {f"{FACT}{key}": fact for key, fact in facts.items() if isinstance(fact, Tensor)}
     return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
+
+
+def _described(parts: Mapping[str, Tensor], config: QuantConfig, facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what another process needs to know to receive `_parts`; facts that are tensors stand as None."""
+    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in parts.items()}
+    return layout, config, {key: None if isinstance(fact, Tensor) else fact for key, fact in facts.items()}
+
+
+def _from_parts(parts: dict[str, Tensor], config: QuantConfig) -> QuantizedWeight:
+    if "bias" in parts:
+        parts["bias"] = parts["bias"].cpu()
+    return QuantizedWeight.from_tensors(parts, config)
 
 
 class _OriginalWeights:
@@ -698,7 +558,7 @@ class _Memoised:
         finally:
             for hook in hooks:
                 hook.remove()
-        first, width = _first_output(output), len(output) if isinstance(output, tuple) else 0
+        first, width = first_output(output), len(output) if isinstance(output, tuple) else 0
         found = [inner for inner, (x, versions) in outputs.items() if x is first and versions == _versions(x)]
         plain = width == 0 or (type(output) is tuple and all(other is None for other in output[1:]))
         self.block.stream.closing[key] = Closing(found[0], width) if found and plain else None
@@ -779,89 +639,3 @@ def make_block(
         ferry=Ferry(device),
         memo_bytes=memo_bytes,
     )
-
-
-@torch.no_grad()
-def check_causal(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], model: str) -> None:
-    """Raise ModelError when what a block makes of the first tokens depends on the last one. hidden: one sequence."""
-
-    def by_token(x: Tensor) -> Tensor:  # from [1, length, …], [length, 1, …] or [length, hidden]
-        return x.flatten(0, 1) if x.ndim > 2 else x
-
-    changed = hidden.clone()
-    by_token(changed)[-1].neg_()
-    first, second = (_first_output(module(x, **kwargs)) for x in (hidden.clone(), changed))
-    earlier = [by_token(x)[:-1].float() for x in (first, second)]
-    if float((earlier[0] - earlier[1]).norm()) > 1e-2 * float(earlier[0].norm()):
-        raise ModelError(
-            f"{model} is no causal language model: in its block {type(module).__name__} earlier tokens see later ones. "
-            "qcore quantizes causal ones; if this is a decoder run as an encoder, look for is_decoder in its config."
-        )
-
-
-def _first_output(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return found
-
-
-@contextlib.contextmanager
-def all_experts(module: nn.Module) -> Iterator[None]:
-    """Within it every expert runs, on every token."""
-    found = [experts for experts in module.modules() if isinstance(experts, Experts)]
-    for experts in found:
-        experts.widened.update(range(len(experts)))
-    try:
-        yield
-    finally:
-        for experts in found:
-            experts.widened.clear()
-
-
-@torch.no_grad()
-def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
-    """Run one block and number the inputs of its linears, which stand in the order they ran; equal numbers: one tensor.
-
-    A linear that computes more or less than its product (a router that also chooses) counts as not run.
-    """
-    inputs: list[tuple[Tensor, int]] = []
-    numbers: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0]
-            if not _is_product(linear, x, output):
-                return
-            for number, (known, version) in enumerate(inputs):
-                same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
-                if same and known.shape[-1] == x.shape[-1]:
-                    numbers.setdefault(name, number)
-                    return
-            inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
-            numbers.setdefault(name, len(inputs) - 1)
-
-        return note
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
-    try:
-        module(hidden, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return numbers
-
-
-def _is_product(linear: Any, x: Tensor, output: Any) -> bool:
-    expected = nn.functional.linear(x, weight_of(linear), linear.bias)
-    same_shape = isinstance(output, Tensor) and output.shape == expected.shape
-    return same_shape and float((output - expected).float().norm()) <= 1e-2 * float(expected.float().norm())
-
-
-def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Run one block and return the groups of its linears that got the very same input tensor, in the order they ran.
-
-    Linears that did not run, as linears, are left out.
-    """
-    groups: dict[int, list[str]] = {}
-    for name, number in inputs_of(module, hidden, kwargs).items():
-        groups.setdefault(number, []).append(name)
-    return [tuple(names) for names in groups.values()]

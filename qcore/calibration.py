@@ -8,6 +8,7 @@ is written down in `Calibration.report`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -222,12 +223,18 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
         data = [{"input_ids": i, "attention_mask": m} for i, m in zip(data["input_ids"], masks, strict=False)]
     if isinstance(data, Tensor) and data.ndim == 2:
         data = list(data)
-    rows = list(data)
-    if not rows:
-        raise CalibrationError(f"calibration {name!r} is empty. Give at least one text or token sequence.")
-    if all(isinstance(row, str) for row in rows):
-        return _pack_text(rows, request, name)
-    return _take_tokens([row for batch in rows for row in _rows_of(batch)], request, name)
+    rows = iter(data)  # those of a data loader may have no end
+    start = list(itertools.islice(rows, 1))
+    if not start:
+        raise CalibrationError(
+            f"calibration {name!r} is empty. Give at least one text or token sequence; an iterator that was read before has none left."
+        )
+    if isinstance(start[0], str) or isinstance(data, list):
+        start += rows
+    if all(isinstance(row, str) for row in start):
+        return _pack_text(start, request, name)
+    batches = start if isinstance(data, list) else itertools.chain(start, rows)
+    return _take_tokens((row for batch in batches for row in _rows_of(batch)), request, name, isinstance(data, list))
 
 
 def _rows_of(batch: Any) -> list[Any]:
@@ -264,8 +271,12 @@ def _pack_text(texts: list[str], request: CalibrationRequest, name: str) -> tupl
     return [TokenSequence(flat[index].clone()) for index in chosen], report
 
 
-def _take_tokens(rows: list[Any], request: CalibrationRequest, name: str) -> tuple[list[TokenSequence], dict[str, Any]]:
-    sequences, dropped, cut = [], 0, 0
+def _take_tokens(
+    rows: Iterable[Any], request: CalibrationRequest, name: str, to_the_end: bool
+) -> tuple[list[TokenSequence], dict[str, Any]]:
+    """Take `samples` sequences. to_the_end: look at the others too, and count them."""
+    sequences: list[TokenSequence] = []
+    number, dropped, cut = -1, 0, 0
     for number, row in enumerate(rows):
         sequence = _read_tokens(row, f"calibration {name!r}, sequence {number}")
         if len(sequence.ids) < 2 or _counted(sequence) < 1:
@@ -276,10 +287,16 @@ def _take_tokens(rows: list[Any], request: CalibrationRequest, name: str) -> tup
             mask = None if sequence.mask is None else sequence.mask[: request.seqlen]
             sequence = TokenSequence(sequence.ids[: request.seqlen], mask)
         sequences.append(sequence)
+        if len(sequences) == request.samples and not to_the_end:
+            break
     if not sequences:
-        raise CalibrationError(f"calibration {name!r}: all {len(rows)} sequences are empty or of a single token.")
+        raise CalibrationError(f"calibration {name!r}: all {number + 1} sequences are empty or of a single token.")
     unused = max(0, len(sequences) - request.samples)
-    report = {"samples": len(sequences) - unused, "dropped_empty": dropped, "cut_to_seqlen": cut, "not_needed": unused}
+    report: dict[str, Any] = {
+        "samples": len(sequences) - unused, "dropped_empty": dropped, "cut_to_seqlen": cut, "not_needed": unused
+    }  # fmt: skip
+    if len(sequences) < request.samples:
+        report["short"] = f"asked for {request.samples} samples, it ended after {len(sequences)}"
     return sequences[: request.samples], report
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import hashlib
 import json
@@ -18,16 +19,19 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, ModelError, QcoreError, name_list
 from .exporter import Content, Exporter, LayerSpec
+from .packing import recycling, roomy
 from .weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -118,11 +122,12 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is: file, dtype, shape."""
+    """Where a tensor is: file, dtype, shape, and where in the file its bytes begin."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = 0
 
 
 def folder_config(path: Path) -> dict[str, Any]:
@@ -157,6 +162,13 @@ class ModelFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.config = path, folder_config(path)
         self.tensors = self._index()
+
+    @classmethod
+    def unfinished(cls, path: Path) -> ModelFolder:
+        """A folder whose config is written and whose weights are not: it has no tensors yet."""
+        found = cls.__new__(cls)
+        found.path, found.config, found.tensors = path, folder_config(path), {}
+        return found
 
     def _files(self) -> list[str]:
         indexes = sorted(self.path.glob("*.safetensors.index.json"))  # AutoGPTQ calls its by the model's own base name
@@ -193,7 +205,8 @@ class ModelFolder:
             if not path.is_file():
                 raise CheckpointError(f"{self.path}: shard {file} named by {INDEX} is missing.")
             check_inside(path, self.path)
-            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
+            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:  # which checks the header
+                starts = _starts(path)
                 for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
                     if name in tensors:
                         raise CheckpointError(f"{self.path}: tensor {name} is in {tensors[name].file} and in {file}.")
@@ -203,7 +216,7 @@ class ModelFolder:
                         raise CheckpointError(
                             f"{path}: tensor {name} has dtype {view.get_dtype()}, which is not supported."
                         )
-                    tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
+                    tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()), starts[name])
         return tensors
 
     def read(self, names: Iterable[str], pinned: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -217,10 +230,15 @@ class ModelFolder:
                 raise CheckpointError(f"{self.path} has no tensor {name}.")
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, wanted in by_file.items():
-            with disk_errors(f"reading {self.path / file}"), safe_open(self.path / file, "pt") as handle:
+            with disk_errors(f"reading {self.path / file}"), (self.path / file).open("rb", buffering=0) as stream:
                 for name in wanted:
-                    stored = handle.get_tensor(name)
-                    yield name, torch.empty_like(stored, pin_memory=pinned).copy_(stored)
+                    info = self.tensors[name]
+                    tensor = (
+                        torch.empty(info.shape, dtype=info.dtype, pin_memory=True)
+                        if pinned
+                        else roomy(info.shape, info.dtype)
+                    )
+                    yield name, _filled(tensor, stream, info.start, name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -238,6 +256,26 @@ class ModelFolder:
     def size(self) -> int:
         """Bytes of all weight files."""
         return sum((self.path / file).stat().st_size for file in {info.file for info in self.tensors.values()})
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in a safetensors file whose header has been checked."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _filled(tensor: Tensor, stream: Any, start: int, name: str) -> Tensor:
+    """Read a tensor's bytes from where they begin in a file straight to where they shall be."""
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    stream.seek(start)
+    while len(left):
+        count = stream.readinto(left)
+        if not count:
+            raise CheckpointError(f"{stream.name} ends within tensor {name}. The file was cut short; get it anew.")
+        left = left[count:]
+    return tensor
 
 
 class ShardWriter:
@@ -289,6 +327,25 @@ class ShardWriter:
                 self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
         self._written += size
         self.total += size
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Append tensors and return them as they now stand in the file."""
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
+        with disk_errors(f"writing {self.folder}"):
+            self._file.flush()
+            return {name: self._stored(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+    def _stored(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        path, header = next(shard for shard in reversed(self.shards) if name in shard[1])
+        start, end = (8 + self.room + offset for offset in header[name]["data_offsets"])
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        found = roomy([end - start], torch.uint8)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            file.readinto(_bytes_of(found))
+        return found.view(dtype).reshape(shape)
 
     def _flushed(self) -> None:
         """Wait for the disk, and raise what it has to say."""
@@ -424,9 +481,9 @@ def refuse(exporter: Exporter, content: Content) -> None:
 
 
 def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
-    """Yield work(item) for each item, in their order, worked on by a few threads a few items ahead."""
-    threads = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
+    """Yield work(item) for each item, in their order, worked on by two threads two items ahead."""
+    threads = min(2, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, initializer=_alone) as pool:
         waiting: deque[Future[V]] = deque()
         try:
             for item in items:
@@ -440,37 +497,11 @@ def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:
                 each.cancel()
 
 
-@dataclass(frozen=True)
-class _Recorded(Content):
-    """A content that remembers a checksum of every weight that passed, so that verifying need not make it a second time."""
-
-    passed: dict[str, Checksum] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, content: Content) -> _Recorded:
-        passed: dict[str, Checksum] = {}
-
-        def weight(name: str) -> QuantizedWeight:
-            found = content.weight(name)
-            passed[name] = checksum(found)
-            return found
-
-        parts = {each.name: getattr(content, each.name) for each in fields(Content)}
-        return cls(**{**parts, "weight": weight, "passed": passed})
-
-
-Checksum = tuple[Any, ...]
-
-
-def checksum(weight: QuantizedWeight) -> Checksum:
-    """What two weights share if and only if they are the same bit for bit: the digest of every tensor."""
-    parts: list[Any] = [weight.config]
-    for name in ("codes", "scales", "zeros", "g_idx", "bias"):
-        value = getattr(weight, name)
-        parts.append(
-            None if value is None else (value.dtype, tuple(value.shape), hashlib.sha256(_bytes_of(value)).digest())
-        )
-    return tuple(parts)
+def _alone() -> None:
+    """Let torch's operations on this thread run on it alone: threads of theirs for each of ours would wait for each other."""
+    torch.get_num_threads()  # which sets the number that is changed next
+    with contextlib.suppress(AttributeError, OSError):  # where torch has no OpenMP
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -479,28 +510,42 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def compare(content: Content, again: Content, folder: Path) -> None:
     """Raise CheckpointError unless what was read back holds the same linears, bit for bit, and the same other tensors."""
-    if set(again.layers) != set(content.layers):
-        raise CheckpointError(f"{folder}: wrote {len(content.layers)} linears, {len(again.layers)} can be read back.")
-    passed = content.passed if isinstance(content, _Recorded) else {}
+    compare_names(content, again, folder)
+    for name in content.layers:
+        _expect_same(folder, name, content.weight(name).difference(again.weight(name)))
 
-    def differs(name: str) -> str | None:
-        found = again.weight(name)
-        if name in passed and passed[name] == checksum(found):
-            return None
-        return content.weight(name).difference(found)
 
-    for name, difference in zip(content.layers, in_order(differs, content.layers), strict=True):
-        if difference:
-            raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
+def compare_names(content: Content, again: Content, folder: Path) -> None:
+    """Raise CheckpointError unless what was read back holds the same linears, by their grids and sizes, and other tensors."""
+    for name in sorted(set(content.layers) ^ set(again.layers)):
+        raise CheckpointError(f"{folder}: linear {name} is a stray one or missing when the folder is read back.")
+    for name, layer in content.layers.items():
+        found = again.layers[name]
+        if (found.config, found.in_features, found.out_features) != (
+            layer.config,
+            layer.in_features,
+            layer.out_features,
+        ):
+            raise CheckpointError(f"{folder}: {name} reads back as {found}, expected {layer}; nothing was kept.")
     if set(again.tensors) != set(content.tensors):
         strays = sorted(set(again.tensors) ^ set(content.tensors))
         raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(strays)}.")
 
 
+def _expect_same(folder: Path, name: str, difference: str | None) -> None:
+    if difference:
+        raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
+
+
+#: a linear's decoder: its spec and its tensors, by suffix -> its weight
+Reader = Callable[[LayerSpec, Mapping[str, Tensor]], QuantizedWeight]
+
+
 class FolderExporter(Exporter):
     """Base of formats that write each quantized linear as a few named tensors in safetensors.
 
-    Saving streams, carries along every other tensor, and then proves itself (`verify`).
+    Saving streams and carries along every other tensor. What was written of a linear is read from the file, decoded and
+    compared bit for bit while its weight is at hand; in the end the folder is opened (`verify`).
     """
 
     shard_bytes: int = 5 * 10**9
@@ -513,41 +558,70 @@ class FolderExporter(Exporter):
     def config(self, content: Content) -> dict[str, Any]:
         """Return the whole config.json."""
 
-    @abstractmethod
-    def verify(self, content: Content, folder: Path) -> None:
-        """Read back what was written; raise CheckpointError when it differs."""
-
     def extra_files(self, content: Content) -> dict[str, Any]:
         """Further JSON files this format wants, name -> object."""
         return {}
 
+    def reader(self, folder: Path) -> Reader | None:
+        """How linears are decoded from a folder whose config is written; None if they never are, and bytes are compared."""
+        return None
+
+    def verify(self, content: Content, folder: Path) -> None:
+        """Open what was written; raise CheckpointError when it is not what it should be."""
+        found = set(ModelFolder(folder).tensors)
+        missing = [name for name in content.tensors if name not in found]
+        if missing:
+            raise CheckpointError(f"{folder}: {name_list(missing)} not written.")
+
     def save(self, content: Content, folder: Path) -> None:
-        """Write config, shards, carried files and provenance, then verify."""
+        """Write config, shards, carried files and provenance, and prove what was written."""
         refuse(self, content)
+        for file, value in {"config.json": self.config(content), **self.extra_files(content)}.items():
+            write_json(folder / file, value)
         expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
         writer = ShardWriter(folder, expected, self.shard_bytes)
-        content = _Recorded.of(content)
+        reader = self.reader(folder)
 
-        def encoded(name: str) -> dict[str, Tensor]:
-            weight = content.weight(name)
+        def encoded(layer: LayerSpec) -> tuple[LayerSpec, QuantizedWeight, dict[str, Tensor]]:
+            weight = content.weight(layer.name)
             reason = self.why_not_exact(weight)
             if reason:
-                raise CheckpointError(f"format {self.name!r} cannot hold {name}: {reason}.")
-            bias = {} if weight.bias is None else {f"{name}.bias": weight.bias}
-            return {**self.encode(name, weight), **bias}
+                raise CheckpointError(f"format {self.name!r} cannot hold {layer.name}: {reason}.")
+            bias = {} if weight.bias is None else {f"{layer.name}.bias": weight.bias}
+            return layer, weight, {**self.encode(layer.name, weight), **bias}
 
-        for tensors in in_order(encoded, content.layers):
-            for key, tensor in tensors.items():
-                writer.add(key, tensor)
-        for name in content.tensors:
-            writer.add(name, content.tensor(name))
+        def written() -> Iterator[Callable[[], tuple[str, str | None]]]:
+            for layer, weight, tensors in in_order(encoded, content.layers.values()):
+                kept = writer.keep(tensors)
+                yield partial(_proof, layer, weight, kept, reader) if reader else partial(_same_bytes, tensors, kept)
+            for name in content.tensors:
+                tensors = {name: content.tensor(name)}
+                yield partial(_same_bytes, tensors, writer.keep(tensors))
+
+        with recycling():
+            for name, difference in in_order(lambda proof: proof(), written()):
+                _expect_same(folder, name, difference)
         writer.close()
-        write_json(folder / "config.json", self.config(content))
-        for file, value in {PROVENANCE: dict(content.provenance), **self.extra_files(content)}.items():
-            write_json(folder / file, value)
+        write_json(folder / PROVENANCE, dict(content.provenance))
         carry_files(content, folder)
         self.verify(content, folder)
         writer.settle()
+
+
+def _proof(
+    layer: LayerSpec, weight: QuantizedWeight, kept: Mapping[str, Tensor], reader: Reader
+) -> tuple[str, str | None]:
+    """A linear's name, and in what it differs from what its tensors in a file decode to."""
+    found = reader(layer, {key.removeprefix(f"{layer.name}."): tensor for key, tensor in kept.items()})
+    return layer.name, weight.difference(found)
+
+
+def _same_bytes(given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    """The name of the first tensor whose bytes in the file differ, if one does."""
+    for name, tensor in given.items():
+        if not np.array_equal(np.asarray(_bytes_of(tensor)), np.asarray(_bytes_of(kept[name]))):
+            return name, "value"
+    return "", None
 
 
 def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
@@ -577,7 +651,7 @@ class TensorExporter(FolderExporter):
     """Base of formats that keep each quantized linear as a few named tensors in safetensors, both ways.
 
     Subclasses map one layer to tensors and back (`encode`, `decode`), say which layers a folder holds (`layers_in`)
-    and write the config (`quantization_config`). What is saved is reopened and every weight compared bit for bit.
+    and write the config (`quantization_config`).
     """
 
     @abstractmethod
@@ -609,16 +683,21 @@ class TensorExporter(FolderExporter):
         quantization = config.get("quantization_config")
         return isinstance(quantization, dict) and quantization.get("quant_method") == self.name
 
+    def reader(self, folder: Path) -> Reader:
+        """See FolderExporter."""
+        quantization = self.read_quantization(ModelFolder.unfinished(folder))
+        return lambda layer, tensors: self.decode(layer, tensors, quantization)
+
     def verify(self, content: Content, folder: Path) -> None:
         """See FolderExporter."""
-        compare(content, self.open(folder), folder)
+        compare_names(content, self.open(folder), folder)
 
     def open(self, folder: Path) -> Content:
         """Open a folder: headers are read and checked now, tensors when asked for."""
         files = ModelFolder(folder)
         quantization = self.read_quantization(files)
         layers = self.layers_in(files, quantization)
-        parts = {name: _parts(name, files) for name in layers}
+        parts = _parts(layers, files)
         owned = {key for keys in parts.values() for key in keys.values()}
 
         def weight(name: str) -> QuantizedWeight:
@@ -665,12 +744,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def _parts(name: str, folder: ModelFolder) -> dict[str, str]:
-    """Tensors directly under a layer's name: suffix -> full name."""
-    prefix = f"{name}."
-    return {
-        key[len(prefix) :]: key for key in folder.tensors if key.startswith(prefix) and "." not in key[len(prefix) :]
-    }
+def _parts(layers: Iterable[str], folder: ModelFolder) -> dict[str, dict[str, str]]:
+    """Tensors directly under each layer's name: layer -> suffix -> full name."""
+    found: dict[str, dict[str, str]] = {name: {} for name in layers}
+    for key in folder.tensors:
+        name, _, suffix = key.rpartition(".")
+        if name in found:
+            found[name][suffix] = key
+    return found
 
 
 def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> Path:

@@ -433,8 +433,8 @@ def bench_load(model: str, as_json: bool, **settings: Any) -> None:
         click.echo(json.dumps(asdict(found)))
         return
     click.echo(
-        f"{found.model}: {found.bytes / 1e6:.1f} MB read in {found.read_seconds:.2f} s, loaded in {found.load_seconds:.2f} s, "
-        f"the first token {found.first_token_seconds:.2f} s after that"
+        f"{found.model}: {found.bytes / 1e6:.1f} MB read in {found.read_seconds:.2f} s, loaded in {found.load_seconds:.2f} s "
+        f"({found.first_load_seconds:.2f} the first time, with what Python imports), the first token {found.first_token_seconds:.2f} s after that"
     )
 
 

@@ -1,4 +1,4 @@
-"""Fast generation: `model.generate` with a static cache and a decode step that is compiled, and on a GPU captured.
+"""Fast generation: `model.generate` with a static cache and a decode step that is compiled and captured on a GPU, recorded on a CPU.
 
     model = qcore.load(folder, fast=True)
     model.generate(…)                      # greedy, sampling and beams, with processors, stopping criteria and streamers
@@ -14,19 +14,25 @@ import functools
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backend import Backend
 from .errors import ModelError
 from .plugins import Plugins, installed
+from .tape import Unfit, record
 
 log = logging.getLogger(__name__)
 
 BUCKET = 128  # the cache's length is rounded up to it, so that calls of about the same length share a step
+LARGE, FEW = (
+    2**20,
+    8,
+)  # elements of a float weight, and tokens, from and up to which backends may multiply in torch's place
 LAG = 2  # steps the host runs ahead of the news that all sequences have ended
 WARM_UP = 3  # calls of a step before it is captured: compilation, then libraries that choose on first use
 
@@ -39,20 +45,46 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def accelerate(model: Any, compiled: bool = True, plugins: Plugins | None = None) -> Any:
+def accelerate(model: Any, compiled: bool | None = None, plugins: Plugins | None = None) -> Any:
     """Make `model.generate` fast, in place, and return the model.
 
-    compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache); without, a GPU
-    replays the kernels of the model's own code.
+    compiled: run the step through torch.compile first (a minute at the first call, kept in torch's cache), by default on a GPU.
+    Without, a GPU replays the kernels, and a CPU the ops, of the model's own code. plugins: their backends are asked for faster
+    products by large float weights, such as the head.
 
     Raises ModelError for models that cannot have a static cache, and for those spread over several devices.
     """
     reason = _why_not(model)
     if reason:
         raise ModelError(f"{type(model).__name__} cannot generate fast: {reason}. Load it without fast=True.")
-    (plugins or installed()).call("qcore_model_accelerated", model=model)
+    plugins = plugins or installed()
+    usable = [backend for backend in plugins.usable("backend").values() if not backend.unavailable()]
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.numel() >= LARGE:
+            _lighten(module, usable)
+    plugins.call("qcore_model_accelerated", model=model)
     model.generate = functools.partial(_generate, model, _Steps(model, compiled))
     return model
+
+
+def _lighten(linear: nn.Linear, backends: Iterable[Backend]) -> None:
+    """Have a backend multiply few tokens by a float weight, where one does it faster than torch."""
+    weight, version = linear.weight, linear.weight._version
+    product = next(filter(None, (backend.float_product(weight.detach()) for backend in backends)), None)
+    if product is None:
+        return
+
+    def forward(input: Tensor) -> Tensor:
+        same = linear.weight is weight and weight._version == version
+        plain = input.dtype == weight.dtype and not (
+            torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        )
+        if not (same and plain and input.numel() <= FEW * linear.in_features):
+            return nn.functional.linear(input, linear.weight, linear.bias)
+        y: Tensor = product(input)
+        return y if linear.bias is None else y + linear.bias
+
+    linear.forward = forward  # type: ignore[method-assign]
 
 
 def _why_not(model: Any) -> str | None:
@@ -127,18 +159,18 @@ def _why_not_this(config: Any, model_kwargs: dict[str, Any]) -> str | None:
 class _Steps:
     """The step of a model: made when first needed, kept while calls fit it."""
 
-    def __init__(self, model: Any, compiled: bool) -> None:
+    def __init__(self, model: Any, compiled: bool | None) -> None:
         self.model, self.compiled = model, compiled
         self._step: _Step | None = None
 
     def why_not(self, length: int) -> str | None:
         """Why no step can be made for sequences of this length, or None."""
-        for layer in _static_cache(self.model, length).layers:
-            if not layer.is_compileable:
-                return f"the model has cache layers of another kind ({type(layer).__name__})"
-            if layer.is_sliding and layer.max_cache_len < length:
-                return f"sequences of {length} tokens outgrow the model's window of {layer.max_cache_len}"
-        return None
+        from transformers.cache_utils import StaticLayer
+
+        other = {
+            type(layer).__name__ for layer in _static_cache(self.model, length).layers if type(layer) is not StaticLayer
+        }
+        return f"the model has cache layers of another kind ({', '.join(sorted(other))})" if other else None
 
     def get(self, rows: int, length: int) -> _Step:
         """Return a step for so many rows and tokens."""
@@ -151,9 +183,17 @@ class _Steps:
 
 
 def _static_cache(model: Any, length: int) -> Any:
+    """A cache of `length` tokens in every layer; those with a window too, as transformers' own for them counts tokens in Python,
+    which a step that is captured or recorded would not see. Their masks keep the window.
+    """
     from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-    return StaticCache(config=model.config, max_cache_len=length)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    windows = [index for index, layer in enumerate(cache.layers) if type(layer) is StaticSlidingWindowLayer]
+    for index in windows:
+        cache.layers[index] = StaticLayer(max_cache_len=length)
+    return cache
 
 
 def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -167,10 +207,20 @@ def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return fast
 
 
+def _recorded(run: Callable[[], Tensor], model: Any) -> Callable[[], Tensor]:
+    """Return the step recorded, or as it is where its code looks at values."""
+    try:
+        replay = record(run, [*model.parameters(), *model.buffers()])
+    except Unfit as reason:
+        _tell(f"the step runs as it is, as {reason}")
+        return run
+    return torch.inference_mode()(replay)  # nothing is differentiated, so torch need not look
+
+
 class _Step:
     """One token for each row: ids [rows, 1] in, logits float32 [rows, vocabulary] out, over tensors that stay where they are."""
 
-    def __init__(self, model: Any, rows: int, length: int, compiled: bool) -> None:
+    def __init__(self, model: Any, rows: int, length: int, compiled: bool | None) -> None:
         device = model.get_input_embeddings().weight.device
         accepted = inspect.signature(type(model).forward).parameters
         self.rows, self.length = rows, length
@@ -187,8 +237,10 @@ class _Step:
         self._run: Callable[[], Tensor | None] = self._eager
         self._reorder: Callable[[], Tensor | None] = self._reorder_eagerly
         self._eager()  # allocates the cache
-        if compiled:
+        if device.type == "cuda" if compiled is None else compiled:
             self._run = _compiled(self._eager)
+        elif device.type == "cpu":
+            self._run = _recorded(self._eager, model)
         if device.type == "cuda":
             self._run = self._captured(self._run)
             self._reorder = self._captured(self._reorder) if rows > 1 else self._reorder

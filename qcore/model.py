@@ -60,11 +60,29 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
         _transformers_errors(f"the model of {folder.path}"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
+        _initialized(),
     ):
         model: nn.Module = auto.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or stored_dtype(folder)
         )
     return unfuse(model.eval())
+
+
+@contextlib.contextmanager
+def _initialized() -> Iterator[None]:
+    """Within, parameters of new modules count as initialized: transformers would spend a second on values that are nowhere."""
+    register = nn.Module.register_parameter
+
+    def marked(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+    nn.Module.register_parameter = marked  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
@@ -203,6 +221,9 @@ class Weights(Protocol):
     def expect(self, name: str, device: torch.device) -> None:
         """Hear that this module comes to `device` next: reading it may begin."""
 
+    def send(self, name: str, device: torch.device) -> None:
+        """Hear that `device` has room for it now: copying what was read may begin, beside the work."""
+
     def let_go(self, name: str) -> None:
         """Undo `bring`."""
 
@@ -220,6 +241,7 @@ class FolderWeights:
         self.model, self.folder = model, folder
         self._reader = ThreadPoolExecutor(1)
         self._ahead: dict[str, Future[list[tuple[str, Tensor]]]] = {}
+        self._copying: torch.cuda.Stream | None = None
         self.keys, self.pieces = _locate(model, folder.tensors)
         for name, key in self.keys.items():
             shape, found = tuple(_get(model, name).shape), folder.tensors[key].shape
@@ -236,6 +258,8 @@ class FolderWeights:
         wanted = self._stored_in(name)
         ahead = self._ahead.pop(name, None)
         finite: dict[str, Tensor] = {}
+        if self._copying is not None:
+            torch.cuda.current_stream(device).wait_stream(self._copying)
         for key, tensor in ahead.result() if ahead else self.folder.read(wanted):
             target = dtype if tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(device, non_blocking=True)
@@ -257,6 +281,23 @@ class FolderWeights:
         if device.type == "cuda":
             wanted = self._stored_in(name)
             self._ahead[name] = self._reader.submit(lambda: list(self.folder.read(wanted, pinned=True)))
+
+    def send(self, name: str, device: torch.device) -> None:
+        """See Weights: copies on a stream of their own, into memory that the device's work until now is done with."""
+        ahead = self._ahead.get(name)
+        if device.type != "cuda" or ahead is None or not ahead.done():
+            return
+        try:
+            there = [(key, torch.empty_like(tensor, device=device)) for key, tensor in ahead.result()]
+        except torch.OutOfMemoryError:
+            return  # `bring` copies them, once this block's are gone
+        self._copying = self._copying or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copying.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._copying):
+            for (_, tensor), (_, read) in zip(there, ahead.result(), strict=True):
+                tensor.copy_(read, non_blocking=True)
+        self._ahead[name] = Future()
+        self._ahead[name].set_result(there)
 
     def _stored_in(self, name: str) -> dict[str, list[str]]:
         """The stored tensors that a module needs, each with the parameters it serves."""
@@ -313,6 +354,9 @@ class ModuleWeights:
 
     def expect(self, name: str, device: torch.device) -> None:
         """See Weights: they are there."""
+
+    def send(self, name: str, device: torch.device) -> None:
+        """See Weights: `bring` copies them."""
 
     def let_go(self, name: str) -> None:
         """See Weights."""
@@ -576,3 +620,24 @@ def _set_generation_config(model: nn.Module, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         with _transformers_errors(f"{folder}/generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def vocabulary(model: nn.Module) -> int:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise ModelError(f"{type(model).__name__} does not tell the size of its vocabulary.")
+    return size
+
+
+def longest(model: nn.Module) -> int | None:
+    """The longest sequence the model's positions reach, where its config tells."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

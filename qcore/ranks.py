@@ -59,17 +59,23 @@ class Ranks:
         """Add up each tensor over the processes, in place: all end with the same."""
         if self.size > 1:
             with self._talking():
-                for tensor in tensors:
+                for tensor in sorted(
+                    tensors, key=lambda tensor: tensor.is_cuda
+                ):  # hosts notice at once that one is gone
                     with self._there(tensor) as there:
                         dist.all_reduce(there)
 
     def send(self, tensors: Sequence[Tensor], source: int) -> None:
-        """Copy tensors from one process into those, of the same shapes and dtypes, of all others."""
-        if self.size > 1:
-            with self._talking():
-                for tensor in tensors:
-                    with self._there(tensor) as there:
-                        dist.broadcast(there, source)
+        """Copy tensors from one process into those, of the same shapes and dtypes, of all others; those of a device together."""
+        if self.size == 1:
+            return
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            there = [tensor for tensor in tensors if tensor.device == device]
+            packed = there[0] if len(there) == 1 else _packed(there)
+            with self._talking(), self._there(packed) as reached:
+                dist.broadcast(reached, source)
+            if packed is not there[0] and self.rank != source:
+                _unpack(packed, there)
 
     @contextlib.contextmanager
     def _there(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -116,6 +122,21 @@ class Ranks:
                 f"rank {self.rank} of {self.size} lost contact with the others: {(_reason() or said).rstrip('.')}. "
                 "Finished blocks are kept; start the same command again to resume, with any number of processes."
             ) from error
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors one after another, uint8 [bytes]: those of large elements first, so that each lies where it may."""
+    widest_first = sorted(tensors, key=lambda tensor: -tensor.element_size())
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in widest_first])
+
+
+def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Undo `_packed`, into the tensors."""
+    start = 0
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.element_size()):
+        stop = start + tensor.numel() * tensor.element_size()
+        tensor.copy_(packed[start:stop].view(tensor.dtype).view(tensor.shape))
+        start = stop
 
 
 class _Lost(RunError):

@@ -1,226 +1,41 @@
-"""A quantization run: the plan, the walk over the blocks, the journal that lets it resume.
+"""A quantization run: the walk over the blocks, in memory or from folder to folder.
 
-A run that writes to a folder keeps a journal beside it, `OUT.partial`: one file per finished block and the calibration
-tokens. Killed anywhere, it resumes at the first block without a file and ends in the same bytes. Only when
-everything is there is the output assembled, verified and renamed into place.
+A run that writes to a folder keeps a journal beside it (qcore.journal). Killed anywhere, it resumes at the first block
+without a file and ends in the same bytes. Only when everything is there is the output assembled, verified and renamed into
+place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
-import json
+import gc
 import logging
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 
 from . import blocks as walk
-from .adapter import ModelAdapter, discover, find_block_list
-from .algorithm import Algorithm
-from .calibration import Calibration, TokenSequence
-from .checkpoint import ModelFolder, complete_folder, disk_errors, read_json, write_atomic, write_json
-from .config import Override, QuantConfig, resolve
+from .calibration import Calibration
+from .capture import Captured, Stream, capture_inputs
+from .checkpoint import ModelFolder, complete_folder
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
-from .linear import QuantLinear
-from .memory import Room, is_out_of_memory, keeper, limited
-from .model import FolderWeights, Names, Weights, compute_dtype, refuse_encoder_decoder
+from .journal import Journal, fingerprint, provenance, renamed
+from .memory import is_out_of_memory, keeper, limited
+from .model import FolderWeights, Names
+from .plan import Job
 from .plugins import Plugins
-from .ranks import Ranks
 from .weight import QuantizedWeight
 
 T = TypeVar("T")
 _log = logging.getLogger("qcore")
-
-
-@dataclass
-class Job:
-    """Everything a run needs, checked: made by `plan`, used by `quantize_blocks`."""
-
-    model: nn.Module
-    weights: Weights
-    adapter: ModelAdapter
-    algorithm: Algorithm
-    config: QuantConfig
-    linears: dict[str, QuantConfig | None]  # by full name, in model order; None stays in float
-    device: torch.device
-    dtype: torch.dtype  # of the computation
-    seed: int
-    room: Room
-    calibration: Calibration | None
-    label: str  # the model, as the user called it
-    blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
-    ranks: Ranks = field(default_factory=Ranks)
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences per forward pass."""
-        return self.room.batch_size
-
-    def specs(self) -> dict[str, LayerSpec]:
-        """What a format is asked about before any work is done."""
-        specs = {}
-        for name, config in self.linears.items():
-            if config is not None:
-                out, columns = shape_of(self.model.get_submodule(name))
-                specs[name] = LayerSpec(name, config, columns, out)
-        return specs
-
-    def describe(self) -> dict[str, Any]:
-        """The settled facts of the run, as they stand in reports and in the output's provenance."""
-        return {
-            "model": self.label,
-            "model_type": str(getattr(getattr(self.model, "config", None), "model_type", "")),
-            "adapter": self.adapter.name,
-            "assumed": list(self.adapter.notes),
-            "algorithm": self.algorithm.name,
-            "params": self.algorithm.params.model_dump(mode="json"),
-            "facts": self.algorithm.facts(self.device),
-            "config": self.config.model_dump(),
-            "seed": self.seed,
-            "calibration": self.calibration.report if self.calibration else None,
-            "skipped": [name for name, config in self.linears.items() if config is None],
-        }
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """[out, in] of a linear that may be on the meta device."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
-
-
-def plan_linears(
-    model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
-) -> dict[str, QuantConfig | None]:
-    """Give each linear of each block its config, in order of use."""
-    names = [
-        f"{block_name}.{short}"
-        for block_name, block in adapter.find_blocks(model)
-        for group in adapter.groups_in(block)
-        for short in group
-    ]
-    return resolve(names, config, overrides)
-
-
-def find_adapter(
-    model: nn.Module,
-    weights: Weights,
-    plugins: Plugins,
-    device: torch.device,
-    wanted: str | ModelAdapter | None = None,
-) -> ModelAdapter:
-    """Return the adapter given, the one by name, the one declared for the model's type, or one made by looking (the generic adapter)."""
-    if isinstance(wanted, ModelAdapter):
-        return wanted
-    if wanted == "generic":
-        return discover_adapter(model, weights, device)
-    if wanted is not None:
-        chosen: ModelAdapter = plugins.get("model", wanted)
-        return chosen
-    declared: ModelAdapter | None = plugins.adapter_for(str(getattr(model.config, "model_type", "")))
-    return declared or discover_adapter(model, weights, device)
-
-
-def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -> ModelAdapter:
-    """Watch one short forward pass through every kind of block the model has."""
-    dtype = compute_dtype(_model_dtype(model), device)
-
-    def order_of_use(blocks_name: str) -> list[list[tuple[str, ...]]]:
-        blocks = list(model.get_submodule(blocks_name).children())
-        ids = torch.arange(8).reshape(1, 8) % _vocabulary(model)
-        captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
-        kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-        for index, block in enumerate(blocks):
-            kind = tuple(name for name, _ in block.named_modules())
-            if kind in kinds:
-                continue
-            name = f"{blocks_name}.{index}"
-            weights.bring(name, device, dtype)
-            kwargs = walk._own(captured.kwargs[index][0], device)
-            walk.check_causal(block, captured.stream.hidden[0].to(device), kwargs, type(model).__name__)
-            with walk.all_experts(block):
-                kinds[kind] = walk.order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
-            weights.let_go(name)
-        return list(kinds.values())
-
-    return discover(model, order_of_use)
-
-
-def _model_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
-    if not isinstance(size, int):
-        raise ModelError(f"{type(model).__name__} does not tell the size of its vocabulary.")
-    return size
-
-
-def capture_inputs(
-    model: nn.Module,
-    weights: Weights,
-    blocks_name: str,
-    before_blocks: Sequence[str],
-    blocks: Sequence[nn.Module],
-    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    device: torch.device,
-    dtype: torch.dtype,
-    keep: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> walk.Captured:
-    """Bring in what stands before the blocks, record the blocks' inputs, and let go again.
-
-    keep: puts hidden states where they stay between uses; without it, on the device.
-    """
-    brought: list[str] = []
-    try:
-        for name in before_blocks or outside(model, blocks_name):
-            if _has_module(model, name):
-                brought.append(name)
-                weights.bring(name, device, dtype)
-        return walk.capture(model, blocks, batches, device, keep or keeper(device, "device"))
-    finally:
-        for name in brought:
-            weights.let_go(name)
-
-
-def outside(model: nn.Module, blocks_name: str) -> list[str]:
-    """Names of the modules beside the blocks, without the output head, which runs after them."""
-    names: list[str] = []
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    path = blocks_name.split(".")
-    for depth in range(len(path)):
-        parent = ".".join(path[:depth])
-        for child, module in model.get_submodule(parent).named_children():
-            if child != path[depth] and module is not head:
-                names.append(f"{parent}.{child}" if parent else child)
-    return names
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 class _Inputs:
@@ -232,17 +47,22 @@ class _Inputs:
         self.batches = [batches[number] for number in share_of(job, self.count)]
         self.keep = "host" if job.algorithm.keep_on_host and job.room.keep == "device" else job.room.keep
         self.captured = self._capture(keeper(job.device, self.keep))
-        self.float_inputs: walk.Stream | None = None
+        self.float_inputs: Stream | None = None
         if job.algorithm.float_stream:
             copy = keeper(job.device, self.keep)
-            self.float_inputs = walk.Stream([copy(hidden.clone()) for hidden in self.captured.stream.hidden])
+            self.float_inputs = Stream([copy(hidden.clone()) for hidden in self.captured.stream.hidden])
 
-    def _capture(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> walk.Captured:
+    def _capture(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
         job, adapter = self.job, self.job.adapter
         modules = [module for _, module in job.blocks]
         return capture_inputs(
             job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, self.batches, job.device, job.dtype, keep
         )  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        """Sequences of the largest batch."""
+        return max(len(ids) for ids, _ in self.batches)
 
     def shrink(self, reason: str) -> None:
         """Halve the batches after memory ran out, or, when they hold one sequence each, move hidden states off the GPU.
@@ -250,7 +70,7 @@ class _Inputs:
         Raises RunError when neither is left to do. What changes is the order of floating point sums.
         """
         streams = [stream for stream in (self.captured.stream, self.float_inputs) if stream is not None]
-        size = max(len(ids) for ids, _ in self.batches)
+        size = self.size
         fixed = self.job.algorithm.batch_size is not None or self.job.ranks.deterministic or self.job.ranks.size > 1
         if fixed or (size == 1 and self.keep != "device"):
             raise RunError(
@@ -295,8 +115,13 @@ def _halves(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
 class _Work:
     """A block under work, or several that run as one: set up, and set up anew with smaller batches when memory runs out."""
 
-    def __init__(self, job: Job, indices: Sequence[int], inputs: _Inputs | None) -> None:
-        self.job, self.indices, self.inputs = job, indices, inputs
+    def __init__(
+        self, job: Job, indices: Sequence[int], inputs: _Inputs | None, journal: Journal | None = None
+    ) -> None:
+        self.job, self.indices, self.inputs, self.journal = job, indices, inputs, journal
+        alone = job.ranks.size == 1
+        while inputs and journal and alone and inputs.size > journal.most_at(indices[0], inputs.size):
+            inputs.shrink("as it did when this run was here before")
         self.block = self._set_up()
 
     def _set_up(self) -> walk.Block:
@@ -316,7 +141,10 @@ class _Work:
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             del self.block  # and, with the error, all that it held
+            gc.collect()  # or what holds itself stays until the next block
             self.inputs.shrink(reason)
+            if self.journal:
+                self.journal.note_most(self.indices[0], self.inputs.size)
             self.block = self._set_up()
 
 
@@ -333,16 +161,19 @@ def quantize_blocks(
         for first in range(0, len(job.blocks), at_once):
             indices = list(range(first, min(first + at_once, len(job.blocks))))
             try:
-                work = _Work(job, indices, inputs)
-                for index in range(indices[-1] + 1, min(indices[-1] + 1 + at_once, len(job.blocks))):
-                    job.weights.expect(job.blocks[index][0], job.device)
+                work = _Work(job, indices, inputs, journal)
+                following = [job.blocks[index][0] for index in range(len(job.blocks))[indices[-1] + 1 :][:at_once]]
+                for name in following:
+                    job.weights.expect(name, job.device)
                 restored = [journal.read_block(index) if journal else None for index in indices]
                 done = [each for each in restored if each is not None]
                 if is_new := len(done) < len(indices):
                     done = work.attempt(partial(_quantize, job, indices=indices))
                 for index, (results, records) in zip(indices, done, strict=True):
                     behind.take(index, results, records, is_new)
-                if inputs is not None and indices[-1] + 1 < len(job.blocks):
+                if inputs is not None and following:
+                    for name in following if job.room.limit is None else ():
+                        job.weights.send(name, job.device)
                     found = {name: weight for results, _ in done for name, weight in results.items()}
                     work.attempt(partial(_move_on, inputs, found))
             finally:  # also of an interrupted run: a model in memory gets its own weights back
@@ -362,6 +193,7 @@ def _move_on(inputs: _Inputs, found: Mapping[str, QuantizedWeight], block: walk.
     for linear, weight in found.items():
         if not block.acts_as(linear, weight):
             block.replace(linear, weight)
+        block.drop_original(linear)
     block.advance(inputs.captured.stream)
 
 
@@ -453,7 +285,7 @@ def share_of(job: Job, count: int) -> range:
 
 
 def _block_at(
-    job: Job, indices: Sequence[int], captured: walk.Captured | None, float_inputs: walk.Stream | None, count: int
+    job: Job, indices: Sequence[int], captured: Captured | None, float_inputs: Stream | None, count: int
 ) -> walk.Block:
     """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
     name, module = job.blocks[indices[0]]
@@ -532,225 +364,6 @@ def _quantize(
     return done
 
 
-def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records as they go into an output folder: equal runs must write equal bytes."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-class Journal:
-    """The record of a run beside its output: what was asked for, the calibration tokens, each finished block.
-
-    Of a run of several processes the first alone touches files; the others are told what it finds.
-
-    Raises RunError when another run holds the journal, or when it belongs to a run that differs; the difference is named.
-    """
-
-    def __init__(self, output: Path, fresh: bool = False, ranks: Ranks | None = None) -> None:
-        self.path = output.with_name(f"{output.name}.partial")
-        self.output = output
-        self.ranks = ranks or Ranks.alone()
-        self.ranks.first(lambda: self._open(fresh))
-
-    def _open(self, fresh: bool) -> None:
-        with disk_errors(f"making {self.path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunError(f"another run is writing {self.output} (it holds {self.path}/lock).") from None
-        if fresh:
-            for old in self.path.iterdir():
-                if old.name != "lock":
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-    def calibration(self, make: Callable[[], Calibration], asked: Mapping[str, Any]) -> Calibration:
-        """Return the run's calibration: read back when it was made before, so that sampling is not repeated.
-
-        Data held in memory (asked["source"] is None) is looked at again: `begin` tells whether it is the same.
-        """
-        return self.ranks.first(lambda: self._calibration(make, asked))
-
-    def _calibration(self, make: Callable[[], Calibration], asked: Mapping[str, Any]) -> Calibration:
-        path = self.path / "calibration.safetensors"
-        if path.is_file() and asked["source"] is not None:
-            with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
-                note = json.loads(handle.metadata()["qcore"])
-                if note["asked"] == json.loads(json.dumps(asked)):
-                    keys = set(handle.keys())
-                    sequences = []
-                    for number in range(note["count"]):
-                        mask = handle.get_tensor(f"mask.{number}") if f"mask.{number}" in keys else None
-                        sequences.append(TokenSequence(handle.get_tensor(f"ids.{number}"), mask))
-                    return Calibration(sequences, note["report"])
-        made = make()
-        tensors = {f"ids.{n}": sequence.ids.clone() for n, sequence in enumerate(made.sequences)}
-        tensors |= {f"mask.{n}": s.mask.clone() for n, s in enumerate(made.sequences) if s.mask is not None}
-        note = {"asked": asked, "count": len(made.sequences), "report": made.report}
-        if not self._blocks():  # a journal with blocks keeps the calibration they were made with
-            write_atomic(path, lambda draft: save_file(tensors, draft, {"qcore": json.dumps(note)}))
-        return made
-
-    def begin(self, fingerprint: Mapping[str, Any]) -> int:
-        """Start or resume; return how many blocks are done.
-
-        Raises RunError when the journal belongs to a run with another fingerprint.
-        """
-        return self.ranks.first(lambda: self._begin(fingerprint))
-
-    def _begin(self, fingerprint: Mapping[str, Any]) -> int:
-        path = self.path / "run.json"
-        current = json.loads(json.dumps(fingerprint))
-        if path.is_file():
-            before = read_json(path)
-            for key in {**before, **current}:
-                if before.get(key) != current.get(key) and self._blocks():
-                    raise RunError(
-                        f"{self.path} holds an unfinished run that differs in {key}: {_differ(before.get(key), current.get(key))}. "
-                        "Run with the same settings to resume it, or start over with fresh=True (--fresh)."
-                    )
-        write_json(path, current)
-        return len(self._blocks())
-
-    def _blocks(self) -> list[Path]:
-        return sorted(self.path.glob("block-*.safetensors"))
-
-    def _block(self, index: int) -> Path:
-        return self.path / f"block-{index:05d}.safetensors"
-
-    def write_block(self, index: int, results: Mapping[str, QuantizedWeight], records: list[dict[str, Any]]) -> None:
-        """Keep a finished block, atomically."""
-        if self.ranks.rank > 0:
-            return
-        tensors = {
-            f"{name}/{part}": t.clone(memory_format=torch.contiguous_format)
-            for name, weight in results.items()
-            for part, t in weight.to_tensors().items()
-        }
-        configs = {name: weight.config.model_dump() for name, weight in results.items()}
-        note = {"qcore": json.dumps({"configs": configs, "records": records})}
-        write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
-
-    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
-        """Return a finished block, or None."""
-        return self.ranks.first(lambda: self.read_own(index))
-
-    def read_own(
-        self, index: int, only: str | None = None
-    ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
-        """As `read_block`, for the first process alone. only: one of the block's linears, the others left out."""
-        path = self._block(index)
-        if not path.is_file():
-            return None
-        with disk_errors(f"reading {path}"), safe_open(path, "pt") as handle:
-            note = json.loads(handle.metadata()["qcore"])
-            configs = {n: QuantConfig(**each) for n, each in note["configs"].items() if only in (None, n)}
-            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in configs}
-            for key in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                name, _, part = key.rpartition("/")
-                if name in parts:
-                    parts[name][part] = handle.get_tensor(key).clone()
-        return {name: QuantizedWeight.from_tensors(parts[name], configs[name]) for name in configs}, note["records"]
-
-    def finish(self) -> None:
-        """Remove the journal; its output is in place."""
-        if self.ranks.rank > 0:
-            return
-        self._lock.close()
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def close(self) -> None:
-        """Leave the journal for a later run; one that holds nothing yet goes."""
-        if self.ranks.rank > 0:
-            return
-        if [path.name for path in self.path.glob("*")] == ["lock"]:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-
-
-def same_everywhere(ranks: Ranks, facts: Mapping[str, Any]) -> None:
-    """Raise RunError on every process when they were not started with the same model, settings and calibration."""
-    first = ranks.first(lambda: dict(facts))
-    key = next((key for key in {**first, **facts} if first.get(key) != facts.get(key)), None)
-    difference = key and f"{key}: {_differ(first.get(key), facts.get(key), 'is', 'there')}"
-    for rank, found in enumerate(ranks.gather(difference)):
-        if found:
-            raise RunError(
-                f"rank {rank} was started with something else than rank 0: {found}. "
-                "Give every process the same model, settings and calibration."
-            )
-
-
-def _differ(before: Any, current: Any, earlier: str = "was", later: str = "now") -> str:
-    """Show where two fingerprint values differ, as narrowly as possible."""
-    if isinstance(before, dict) and isinstance(current, dict):
-        keys = [key for key in {**before, **current} if before.get(key) != current.get(key)]
-        return "; ".join(f"{key} {earlier} {before.get(key)!r}, {later} {current.get(key)!r}" for key in keys[:3])
-    return f"{earlier} {before!r}, {later} {current!r}"
-
-
-def fingerprint(job: Job, folder: ModelFolder | None) -> dict[str, Any]:
-    """What must be equal for a journal's blocks to be this run's blocks, and for processes to share a run."""
-    import transformers
-
-    from . import __version__
-
-    described = job.describe()
-    return {
-        "model": {"weights": model_digest(folder), "config": folder.config} if folder else module_digest(job.model),
-        "linears": {name: config and config.model_dump() for name, config in job.linears.items()},
-        "algorithm": {"name": described["algorithm"], **described["params"], **described["facts"]},
-        "calibration": _calibration_facts(job.calibration) if job.calibration else None,
-        "run": {
-            "seed": job.seed,
-            "batch_size": job.batch_size,
-            "adapter": job.adapter.name,
-            "deterministic": job.ranks.deterministic,
-        },
-        "environment": {
-            "qcore": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": job.device.type,
-            "dtype": str(job.dtype),
-            "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
-        },
-    }
-
-
-def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
-    """What was asked for, which tells a user more than the digest, and the digest of what it came to."""
-    sources = [source["source"] for source in calibration.report.get("sources", [])]
-    return {**calibration.report.get("asked", {}), "sources": sources, "digest": calibration.digest}
-
-
-def model_digest(folder: ModelFolder) -> str:
-    """sha256 over every tensor's name, dtype, shape and three samples of its bytes: tells models apart in a blink."""
-    hasher = hashlib.sha256()
-    for name, info in sorted(folder.tensors.items()):
-        hasher.update(f"{name} {info.dtype} {info.shape}".encode())
-    for file in sorted({info.file for info in folder.tensors.values()}):
-        path = folder.path / file
-        size = path.stat().st_size
-        count = sum(info.file == file for info in folder.tensors.values())
-        hasher.update(str(size).encode())
-        with disk_errors(f"reading {path}"), path.open("rb") as handle:
-            step = max(4096, size // (3 * count + 1))
-            for offset in range(0, size, step):
-                hasher.update(os.pread(handle.fileno(), 4096, offset))
-    return hasher.hexdigest()
-
-
-def module_digest(model: nn.Module) -> str:
-    """sha256 over every tensor's name, dtype, shape and some of its values, of a model in memory."""
-    hasher = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        few = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)].cpu()
-        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {few.tolist()}".encode())
-    return hasher.hexdigest()
-
-
 def quantize_to_folder(
     job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter, plugins: Plugins
 ) -> dict[str, Any]:
@@ -762,11 +375,11 @@ def quantize_to_folder(
     assert isinstance(job.weights, FolderWeights)
     done = journal.begin(fingerprint(job, folder))
     started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
-    tell = plugins.call if job.ranks.rank == 0 else _nobody
+    tell = plugins.call if job.ranks.rank == 0 else nobody
     tell("qcore_run_started", plan=started)
     records: list[dict[str, Any]] = []
     location: dict[str, int] = {}
-    for index, results, found in quantize_blocks(job, journal, _announce(tell)):
+    for index, results, found in quantize_blocks(job, journal, announce(tell)):
         records += found
         location.update(dict.fromkeys(results, index))
         del results
@@ -783,11 +396,11 @@ def quantize_to_folder(
     return report
 
 
-def _nobody(hook: str, **facts: Any) -> None:
+def nobody(hook: str, **facts: Any) -> None:
     """In the place of the plugins on processes other than the first: one run has one course of events."""
 
 
-def _announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
+def announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
     def finished(index: int, records: list[dict[str, Any]]) -> None:
         tell("qcore_block_finished", index=index, records=records)
 
@@ -828,50 +441,3 @@ def journal_content(
         provenance=provenance(*renamed(job.describe(), records, names.layer_on_disk)),
         files=folder.carried_files(),
     )
-
-
-def renamed(
-    description: Mapping[str, Any], records: Sequence[Mapping[str, Any]], rename: Callable[[str], str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Give the linears of a report other names: the model's own in memory, those on disk in a folder."""
-    skipped = {"skipped": [rename(name) for name in description["skipped"]]} if "skipped" in description else {}
-    return {**description, **skipped}, [{**record, "name": rename(record["name"])} for record in records]
-
-
-def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `qcore.json` says: how the folder was made, free of times so that equal runs write equal bytes."""
-    import transformers
-
-    from . import __version__
-
-    versions = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**versions, **description, "layers": without_times(records)}
-
-
-def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
-    """Refuse a model that is quantized already."""
-    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    quantization = quantization or (folder.config.get("quantization_config") if folder else None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
-        raise ModelError("the model is quantized already (it has QuantLinears). Start from the float model.")
-    refuse_encoder_decoder(getattr(model, "config", None), type(model).__name__)
-    find_block_list(model)
-
-
-def check_format(job: Job, exporter: Exporter) -> None:
-    """Refuse, before any work, what the wanted format cannot hold."""
-    for spec in job.specs().values():
-        reason = exporter.why_not(spec)
-        if reason:
-            raise ConfigError(
-                f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
-                f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
-            )
-    config = getattr(job.model, "config", None)
-    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
-    if reason:
-        raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")

@@ -20,14 +20,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from . import blocks, grid
+from . import discovery, grid
 from .adapter import ModelAdapter, _stars, linears_in
 from .algorithm import Algorithm
-from .api import content_of, quantize
+from .api import quantize
 from .backend import Backend, MatmulSpec
 from .calibration import CalibrationDataset, CalibrationRequest
+from .capture import capture_inputs
 from .checkpoint import complete_folder
 from .config import QuantConfig
+from .content import content_of
 from .errors import QcoreError
 from .evaluation import EvalTask
 from .experts import unfuse
@@ -35,7 +37,6 @@ from .exporter import Exporter
 from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
 from .plugins import KINDS, Plugins, installed
-from .run import capture_inputs
 from .target import Finding, Level, Subject, Target
 from .weight import QuantizedWeight
 
@@ -231,9 +232,9 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
         model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
     )
     for index, (name, block) in enumerate(found):
-        with blocks.all_experts(block):
-            numbers = blocks.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
-            shown = blocks.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
+        with discovery.all_experts(block):
+            numbers = discovery.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
+            shown = discovery.order_of_use(block, captured.stream.hidden[0], captured.kwargs[index][0])
         where, when = f"{adapter.name}: {name}", {linear: at for at, linear in enumerate(numbers)}
         order = []
         for stage in adapter.stages_in(block):

@@ -144,3 +144,55 @@ def test_matmul_cpu_times_every_column_beside_the_others(monkeypatch, capsys, tm
     }  # fmt: skip
     assert all(len(times) == 2 and min(times) > 0 for times in found.values())
     assert capsys.readouterr().out.count("\n") == 2 + len(found)
+
+
+def test_the_solvers_find_what_the_paper_written_down_finds(monkeypatch, capsys, tmp_path):
+    arguments = ["solver.py", "--device", "cpu", "--shapes", "256x64", "--group-size", 32, "--repeats", 1,
+                 "--json", tmp_path / "rows"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    script("solver").main()
+    rows = json.loads((tmp_path / "rows").read_text())
+    assert [row["solver"] for row in rows][:3] == ["plain64", "plain32", "torch"]
+    for row in rows:
+        assert row["codes equal"] > 0.99
+        assert row["loss ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_gptq_speed_tells_where_the_time_goes(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    arguments = ["gptq_speed.py", "--device", "cpu", "--shape", "tiny", "--blocks", 2, "--samples", 4, "--seqlen", 32, "--parts",
+                 "--scratch", tmp_path, "batch_size=2", "--then", "batch_size=1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    script("gptq_speed").main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "{" in line]
+    assert [line.split(" {")[0] for line in lines[:2]] == ["batch_size=2", "batch_size=1"]
+    parts = json.loads(lines[2])["parts s a block"]
+    assert all(parts[name] > 0 for name in ("forward", "Hessians", "factorization", "solve", "fetch weights"))
+
+
+def test_generation_on_a_cpu_is_measured_beside_float_weights(llama_folder, tmp_path, monkeypatch, capsys):
+    out, found = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out"), tmp_path / "found.json"
+    arguments = [
+        "generation_cpu.py",
+        out,
+        "--new-tokens",
+        3,
+        "--prompt-tokens",
+        5,
+        "--repeat",
+        1,
+        "--threads",
+        1,
+        "--json",
+        found,
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    before = torch.get_num_threads()
+    try:
+        script("generation_cpu").main()
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads(found.read_text())["rows"]
+    assert list(rows) == ["float32 weights", "bfloat16 weights", "qcore", "qcore, fast", "qcore, fast, bfloat16"]
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)

@@ -10,6 +10,7 @@
  *      2 bits   2 lines of 16 columns     high half, so that pairs of them can be looked up for bfloat16
  *      3 bits   2 lines of the low bits as with 2 bits, 1 line of the top bits of 32 columns
  *      8 bits   32 columns of 16 bytes    5, 6 and 7 bits too
+ *      16 bits  32 columns of 16 halves   no codes but the weight itself; with 17 bfloat16
  *
  *      meta   [tile][group][scales, then zeros - 2^(bits-1) where asym][16]     float or half
  *
@@ -25,6 +26,7 @@
 #include <string.h>
 
 #define TILE 16
+#define BLOCK_BYTES(bits) (64 * ((bits) == QC_BFLOAT_WEIGHT ? 16 : (bits)))
 #define BLOCK 32 /* columns of a block; groups begin at multiples of it */
 #define MOST_THREADS 256
 #define SERIAL_WORK (1 << 17) /* products of codes and tokens that one thread does sooner than it wakes another */
@@ -177,7 +179,7 @@ static const uint16_t bfloat_table[9][2 * TILE] = {[2] = {OF16(BFLOAT2), OF16(BF
 #endif
 #endif
 
-int qc_matmul_level(void) {
+static int machine_level(void) {
 #if defined(__x86_64__)
 #if HAS_BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"))
@@ -190,6 +192,19 @@ int qc_matmul_level(void) {
     return QC_LEVEL_PORTABLE;
 }
 
+static atomic_int limit = QC_LEVEL_BEST;
+
+int qc_matmul_level(void) {
+    const int set = atomic_load(&limit);
+    return set == QC_LEVEL_BEST ? machine_level() : set;
+}
+
+int qc_limit_matmul_level(int level) {
+    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
+    atomic_store(&limit, level);
+    return QC_OK;
+}
+
 static void choose_level(Matmul *job, int level) {
     int widest = 4;
     job->multiply = multiply_portable;
@@ -200,7 +215,7 @@ static void choose_level(Matmul *job, int level) {
         widest = 8;
     }
 #if HAS_BF16
-    job->pairs = level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16;
+    job->pairs = level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16 && job->bits <= 8;
     if (job->pairs) job->multiply = multiply_avx512_bf16;
 #endif
 #endif
@@ -292,12 +307,12 @@ static void in_threads(void (*work)(void *), void *job, int threads, void *paral
 
 /* ---- the interface ---- */
 
-static int stored_bits(int bits) { return bits <= 4 ? bits : 8; }
+static int stored_bits(int bits) { return bits <= 4 ? bits : bits <= 8 ? 8 : bits; }
 
 /* Fill in the sizes; 0 when they are out of range. */
 static int sizes(Matmul *job, int bits, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta) {
     const int64_t most = (int64_t)1 << 31;
-    if (bits < 2 || bits > 8 || n < 1 || columns < 1 || k < 1 || n > most || columns > most || k > most) return 0;
+    if (bits < 2 || (bits > 8 && bits != QC_HALF_WEIGHT && bits != QC_BFLOAT_WEIGHT) || n < 1 || columns < 1 || k < 1 || n > most || columns > most || k > most) return 0;
     if (group_size != -1 && (group_size < BLOCK || group_size % BLOCK)) return 0;
     job->bits = stored_bits(bits);
     job->n = n;
@@ -321,7 +336,7 @@ int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, in
     if (!perm && columns != k) return QC_BAD_ARGUMENT;
     if (m == 0) return QC_OK;
     if (!x || !packed || !meta || !y || (m > 1 && (ldx < columns || ldy < n)) || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
-    if (level < QC_LEVEL_BEST || level > qc_matmul_level()) return QC_BAD_LEVEL;
+    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
     choose_level(&job, level == QC_LEVEL_BEST ? qc_matmul_level() : level);
 
     const int64_t panels = (m + job.rows - 1) / job.rows, tiles = (n + TILE - 1) / TILE;
@@ -352,16 +367,30 @@ static inline int shift_of(int bits, int64_t c) {
     return (int)(bits * (in_line >> 1) + 16 * (in_line & 1));
 }
 
-static void put_code(uint8_t *block, int bits, int64_t c, int64_t lane, uint32_t code) {
-    uint32_t *words = (uint32_t *)block;
-    if (bits == 8) {
-        block[TILE * c + lane] = (uint8_t)code;
-    } else if (bits == 3) {
-        words[word_of(2, c, lane)] |= (code & 3) << shift_of(2, c);
-        words[2 * TILE + lane] |= (code >> 2 & 1) << shift_of(1, c);
-    } else {
-        words[word_of(bits, c, lane)] |= (code & ((1u << bits) - 1)) << shift_of(bits, c);
-    }
+/* Eight codes, a byte each, with `bits` bits of each side by side: those of even columns from bit 0 on, of odd ones from bit 16 on. */
+static inline uint32_t squeezed(const uint8_t *codes, int from, int bits) {
+    uint64_t v = 0, mask = ((1u << bits) - 1) * 0x0001000100010001u;
+    for (int i = 0; i < 8; i++) v |= (uint64_t)codes[i] << 8 * i;
+    const uint64_t even = v >> from & mask, odd = v >> (8 + from) & mask;
+    const int step = 16 - bits;
+    const uint64_t low = even | even >> step | even >> 2 * step | even >> 3 * step;
+    const uint64_t high = odd | odd >> step | odd >> 2 * step | odd >> 3 * step;
+    return (uint32_t)(low & ((1u << 4 * bits) - 1)) | (uint32_t)(high & ((1u << 4 * bits) - 1)) << 16;
+}
+
+/* Put the codes of one output, 32 columns, into a block: signed, which turns their top bit round. */
+static inline void pack_codes(uint8_t *block, const int bits, int64_t lane, const uint8_t *codes) {
+    uint32_t *words = (uint32_t *)block + lane;
+    uint8_t turned[BLOCK];
+    for (int c = 0; c < BLOCK; c++) turned[c] = (uint8_t)(codes[c] ^ 1 << (bits - 1));
+    if (bits == 8)
+        for (int c = 0; c < BLOCK; c++) block[TILE * c + lane] = turned[c];
+    else if (bits == 4)
+        for (int i = 0; i < 4; i++) words[TILE * i] = squeezed(turned + 8 * i, 0, 4);
+    else
+        for (int i = 0; i < 2; i++) words[TILE * i] = squeezed(turned + 16 * i, 0, 2) | squeezed(turned + 16 * i + 8, 0, 2) << 8;
+    if (bits == 3)
+        words[2 * TILE] = squeezed(turned, 2, 1) | squeezed(turned + 8, 2, 1) << 4 | squeezed(turned + 16, 2, 1) << 8 | squeezed(turned + 24, 2, 1) << 12;
 }
 
 static int get_code(const uint8_t *block, int bits, int64_t c, int64_t lane) {
@@ -372,30 +401,68 @@ static int get_code(const uint8_t *block, int bits, int64_t c, int64_t lane) {
     return (int)code - (code >> (bits - 1) ? 1 << bits : 0);
 }
 
+static float get_value(const uint8_t *block, int bits, int64_t c, int64_t lane) {
+    if (bits <= 8) return (float)get_code(block, bits, c, lane);
+    return load((const char *)block, bits == QC_HALF_WEIGHT ? QC_FLOAT16 : QC_BFLOAT16, TILE * c + lane);
+}
+
 typedef struct {
     Matmul job;
-    const uint8_t *codes;
+    const char *codes;
     uint8_t *packed;
-    int middle;
+    int bits; /* as given: 5 to 8 are stored as 8 */
 } Packing;
+
+/* The codes of one output in packed order, where a column is missing those of 0: the row itself, or a copy in `copy`. */
+static const char *row_in_order(const Packing *p, int64_t output, char *copy) {
+    const Matmul *job = &p->job;
+    const int64_t size = job->bits > 8 ? 2 : 1, padded = job->blocks * BLOCK;
+    const char *row = p->codes + output * job->columns * size;
+    if (!job->perm && job->k == padded) return row;
+    memset(copy, job->bits > 8 ? 0 : 1 << (p->bits - 1), (size_t)(padded * size));
+    if (!job->perm) {
+        memcpy(copy, row, (size_t)(job->k * size));
+        return copy;
+    }
+    for (int64_t c = 0; c < job->k; c++)
+        if (job->perm[c] >= 0) memcpy(copy + c * size, row + job->perm[c] * size, (size_t)size);
+    return copy;
+}
+
+static void pack_row(const Packing *p, uint8_t *base, int64_t lane, const char *row) {
+    const uint8_t *codes = (const uint8_t *)row;
+    const int bits = p->job.bits;
+    const uint8_t shift = (uint8_t)(bits == 8 ? 128 - (1 << (p->bits - 1)) : 0); /* 5 to 7 bits: their middle becomes that of 8 */
+    for (int64_t b = 0; b < p->job.blocks; b++, base += BLOCK_BYTES(bits), codes += BLOCK) {
+        uint8_t raised[BLOCK];
+        if (bits > 8) {
+            for (int c = 0; c < BLOCK; c++) memcpy(base + 2 * (TILE * c + lane), row + 2 * (b * BLOCK + c), 2);
+            continue;
+        }
+        for (int c = 0; shift && c < BLOCK; c++) raised[c] = (uint8_t)(codes[c] + shift);
+        switch (bits) {
+            case 2: pack_codes(base, 2, lane, codes); break;
+            case 3: pack_codes(base, 3, lane, codes); break;
+            case 4: pack_codes(base, 4, lane, codes); break;
+            default: pack_codes(base, 8, lane, shift ? raised : codes);
+        }
+    }
+}
 
 static void pack_tiles(void *argument) {
     Packing *p = argument;
-    const Matmul *job = &p->job;
-    const int64_t tiles = (job->n + TILE - 1) / TILE, block_bytes = 64 * job->bits;
+    Matmul *job = &p->job;
+    const int64_t tiles = (job->n + TILE - 1) / TILE, tile_bytes = job->blocks * BLOCK_BYTES(job->bits);
+    char *copy = malloc((size_t)(2 * job->blocks * BLOCK));
+    if (!copy) atomic_store(&job->status, QC_NO_MEMORY);
     int64_t tile;
-    while ((tile = atomic_fetch_add(&p->job.next, 1)) < tiles) {
-        uint8_t *base = p->packed + tile * job->blocks * block_bytes;
-        memset(base, 0, (size_t)(job->blocks * block_bytes));
-        for (int64_t lane = 0; lane < TILE && tile * TILE + lane < job->n; lane++) {
-            const uint8_t *row = p->codes + (tile * TILE + lane) * job->columns;
-            for (int64_t c = 0; c < job->k; c++) {
-                const int64_t column = job->perm ? job->perm[c] : c;
-                if (column >= 0)
-                    put_code(base + c / BLOCK * block_bytes, job->bits, c % BLOCK, lane, (uint32_t)(row[column] - p->middle));
-            }
-        }
+    while (copy && (tile = atomic_fetch_add(&job->next, 1)) < tiles) {
+        uint8_t *base = p->packed + tile * tile_bytes;
+        if ((tile + 1) * TILE > job->n) memset(base, 0, (size_t)tile_bytes);
+        for (int64_t lane = 0; lane < TILE && tile * TILE + lane < job->n; lane++)
+            pack_row(p, base, lane, row_in_order(p, tile * TILE + lane, copy));
     }
+    free(copy);
 }
 
 static int valid_perm(const int32_t *perm, int64_t k, int64_t columns) {
@@ -404,14 +471,14 @@ static int valid_perm(const int32_t *perm, int64_t k, int64_t columns) {
     return perm || k == columns;
 }
 
-int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const uint8_t *codes, const int32_t *perm, void *packed,
+int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const void *codes, const int32_t *perm, void *packed,
                 int threads, void *parallel) {
-    Packing p = {.codes = codes, .packed = packed, .middle = 1 << (bits - 1)};
+    Packing p = {.codes = codes, .packed = packed, .bits = bits};
     if (!sizes(&p.job, bits, n, columns, k, -1, 0, 0) || !codes || !packed || threads < 1 || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
     if (!valid_perm(perm, k, columns)) return QC_BAD_ARGUMENT;
     p.job.perm = perm;
     in_threads(pack_tiles, &p, n * k < SERIAL_WORK ? 1 : threads, parallel);
-    return QC_OK;
+    return atomic_load(&p.job.status);
 }
 
 /* The weight of 16 outputs at a time; columns that no packed one holds are left alone. */
@@ -428,8 +495,8 @@ static void unpack_tiles(void *argument) {
                 if (column < 0) continue;
                 const char *meta = job->meta + (tile * job->groups + group) * job->group_bytes;
                 const float zero = job->asym ? load(meta + job->group_bytes / 2, meta_type, lane) : 0.0f;
-                const uint8_t *block = job->packed + (tile * job->blocks + c / BLOCK) * 64 * job->bits;
-                const float value = (float)get_code(block, job->bits, c % BLOCK, lane) - zero;
+                const uint8_t *block = job->packed + (tile * job->blocks + c / BLOCK) * BLOCK_BYTES(job->bits);
+                const float value = get_value(block, job->bits, c % BLOCK, lane) - zero;
                 store(row, job->dtype, column, load(meta, meta_type, lane) * value);
             }
         }

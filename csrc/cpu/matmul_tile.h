@@ -45,11 +45,16 @@ INLINE __m512i NAME(move)(__m512i bits, int by) {
 }
 /* The vectors of columns 8 * part … 8 * part + 7 of a block. */
 INLINE void NAME(unpack)(const uint8_t *block, const int bits, const int part, vec w[8]) {
-    const vec table = _mm512_loadu_ps(float_table[bits]);
+#define HALVES(c) _mm256_loadu_si256((const __m256i *)(block + 32 * (c)))
+    const vec table = _mm512_loadu_ps(float_table[bits <= 8 ? bits : 0]);
     const __m512i three = _mm512_set1_epi32(3);
     const __m512i low = LINE(block, bits == 4 ? part : part / 2), high = LINE(block, bits == 3 ? 2 : 0);
 #define COLUMN(c)                                                                                                      \
-    if (bits == 8)                                                                                                     \
+    if (bits == QC_HALF_WEIGHT)                                                                                        \
+        w[c] = _mm512_cvtph_ps(HALVES(8 * part + c));                                                                  \
+    else if (bits == QC_BFLOAT_WEIGHT)                                                                                 \
+        w[c] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(HALVES(8 * part + c)), 16));                \
+    else if (bits == 8)                                                                                                     \
         w[c] = NAME(bytes)(block + 16 * (8 * part + c));                                                               \
     else if (bits == 4)                                                                                                \
         w[c] = LOOK_UP(NAME(move)(low, SHIFT(4, c)));                                                                  \
@@ -60,6 +65,7 @@ INLINE void NAME(unpack)(const uint8_t *block, const int bits, const int part, v
                                                  NAME(move)(high, SHIFT(1, 8 * part + c) - 2), 0xCA));
     COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3) COLUMN(4) COLUMN(5) COLUMN(6) COLUMN(7)
 #undef COLUMN
+#undef HALVES
 }
 #undef LOOK_UP
 
@@ -127,6 +133,10 @@ INLINE __m256i NAME(code)(__m256i line, int bits, int at) {
     return _mm256_srai_epi32(_mm256_slli_epi32(line, 32 - bits - at), 32 - bits);
 }
 INLINE __m256 NAME(column)(const uint8_t *block, const int bits, const int c, const int side) {
+    if (bits > 8) {
+        const __m128i halves = _mm_loadu_si128((const __m128i *)(block + 32 * c + 16 * side));
+        return bits == QC_HALF_WEIGHT ? _mm256_cvtph_ps(halves) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
     if (bits == 8)
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(block + 16 * c + 8 * side))));
     if (bits == 4) return _mm256_cvtepi32_ps(NAME(code)(LINE(block, c / 8, side), 4, SHIFT(4, c % 8)));
@@ -183,7 +193,10 @@ INLINE four_ints NAME(column)(const uint8_t *block, const int bits, const int c,
 }
 /* Not a constant of the caller here: one copy does for all. */
 static __attribute__((noinline)) void NAME(unpack)(const uint8_t *block, const int bits, const int part, vec w[8]) {
-    for (int c = 0; c < 8; c++)
+    for (int c = 0; c < 8 && bits > 8; c++)
+        for (int j = 0; j < TILE; j++)
+            w[c].q[j / 4][j % 4] = load((const char *)block, bits == QC_HALF_WEIGHT ? QC_FLOAT16 : QC_BFLOAT16, TILE * (8 * part + c) + j);
+    for (int c = 0; c < 8 && bits <= 8; c++)
         for (int i = 0; i < 4; i++) w[c].q[i] = __builtin_convertvector(NAME(column)(block, bits, 8 * part + c, i), four);
 }
 #endif
@@ -209,7 +222,7 @@ INLINE const panel_float *NAME(part)(const uint8_t *block, const panel_float *x,
 
 /* y[tile's outputs][panel's tokens]; `bits` as stored and `rows` of a panel are constants of each instance. */
 INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int bits, const int rows) {
-    const uint8_t *block = job->packed + tile * job->blocks * 64 * bits;
+    const uint8_t *block = job->packed + tile * job->blocks * BLOCK_BYTES(bits);
     const char *meta = job->meta + tile * job->groups * job->group_bytes;
     const panel_float *x = job->panels + panel * job->panel_size;
     const float *x_sums = job->x_sums + panel * job->groups * rows;
@@ -220,7 +233,7 @@ INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int
         const int64_t blocks = left < job->group_blocks ? left : job->group_blocks;
         left -= blocks;
         for (int s = 0; s < rows * CHAINS(rows); s++) sum[s] = NAME(zero)();
-        for (int64_t b = 0; b < blocks; b++, block += 64 * bits) {
+        for (int64_t b = 0; b < blocks; b++, block += BLOCK_BYTES(bits)) {
             x = NAME(part)(block, x, sum, bits, rows, 0);
             x = NAME(part)(block, x, sum, bits, rows, 1);
             x = NAME(part)(block, x, sum, bits, rows, 2);
@@ -243,6 +256,13 @@ INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int
     }
 }
 
+#if LEVEL_KIND == AVX512_BF16 /* floats are multiplied as such */
+#define WIDER(rows)
+#else
+#define WIDER(rows)                                                                                                    \
+    case QC_HALF_WEIGHT: NAME(tile)(job, tile, panel, QC_HALF_WEIGHT, rows); break;                                    \
+    case QC_BFLOAT_WEIGHT: NAME(tile)(job, tile, panel, QC_BFLOAT_WEIGHT, rows); break;
+#endif
 #if LEVEL_KIND == PORTABLE
 #define WIDTHS(rows) NAME(tile)(job, tile, panel, job->bits, rows);
 #else
@@ -251,6 +271,7 @@ INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int
         case 2: NAME(tile)(job, tile, panel, 2, rows); break;                                                          \
         case 3: NAME(tile)(job, tile, panel, 3, rows); break;                                                          \
         case 4: NAME(tile)(job, tile, panel, 4, rows); break;                                                          \
+        WIDER(rows)                                                                                                    \
         default: NAME(tile)(job, tile, panel, 8, rows);                                                                \
     }
 #endif
@@ -277,6 +298,7 @@ LEVEL_TARGET static void NAME(multiply)(const Matmul *job, int64_t tile, int64_t
 #undef EACH
 #undef CHAINS
 #undef WIDTHS
+#undef WIDER
 #undef vec
 #undef LEVEL
 #undef LEVEL_TARGET

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define QC_CPU_ABI 1
+#define QC_CPU_ABI 2
 
 enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, QC_BAD_LEVEL = 4 };
 
@@ -24,11 +24,15 @@ enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX
 
 enum { QC_FLOAT32 = 0, QC_BFLOAT16 = 1, QC_FLOAT16 = 2 }; /* dtypes of activations */
 
+/* bits of a weight that is not quantized, halves or bfloat16 as they are: its meta are ones, its group_size is -1 */
+enum { QC_HALF_WEIGHT = 16, QC_BFLOAT_WEIGHT = 17 };
+
 int qc_abi_version(void);
 const char *qc_source(void); /* the hash of the sources, as given to the compiler (QC_SOURCE) */
 const char *qc_error_string(int status);
 int qc_cpu_level(void); /* the best instruction set of this machine */
-int qc_matmul_level(void); /* that of the matmul functions below, which know one more */
+int qc_matmul_level(void); /* that of the matmul functions below, which know one more: what QC_LEVEL_BEST means to them */
+int qc_limit_matmul_level(int level); /* let QC_LEVEL_BEST mean this one, or with QC_LEVEL_BEST the machine's best again */
 
 /*
  * Quantize a block of columns of W by GPTQ, and find the grids of the groups that begin in it.
@@ -71,7 +75,7 @@ int qc_autoround_step(int bits, int sym, int64_t rows, int64_t groups, int64_t g
 /*
  * Products by a quantized weight W [n][columns], w = scale * (code - zero), as one layout holds it (matmul.c draws it):
  *
- * packed      the codes, qc_cpu_pack makes it: ceil(n / 16) * ceil(k / 32) * 64 * bits bytes (bits as stored: 8 for 5 to 8)
+ * packed      the codes, qc_cpu_pack makes it: ceil(n / 16) * ceil(k / 32) * 64 * bits bytes (bits as stored: 8 for 5 to 8, 16 for 17)
  * meta        [ceil(n / 16)][groups][scales, then zeros - 2^(bits-1) where asym][16], half where half_meta, else float
  * perm        int32 [k] or null: packed column c holds column perm[c], nothing where that is -1. Null: k = columns, in order
  * group_size  of packed columns: a multiple of 32, or -1 for one group
@@ -84,14 +88,21 @@ int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, in
                   int half_meta, const void *x, int64_t ldx, const void *packed, const void *meta, const int32_t *perm,
                   void *y, int64_t ldy, int threads, int level, void *parallel);
 
-/* Lay codes uint8 [n][columns] out as `packed`. */
-int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const uint8_t *codes, const int32_t *perm, void *packed,
+/* Lay codes uint8 [n][columns], or a weight of 16 bits, out as `packed`. */
+int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const void *codes, const int32_t *perm, void *packed,
                 int threads, void *parallel);
 
 /* W as dtype [n][ldw], in its own order. */
 int qc_cpu_dequantize(int bits, int dtype, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta,
                       const void *packed, const void *meta, const int32_t *perm, void *weight, int64_t ldw, int threads,
                       void *parallel);
+
+/*
+ * Give torch's dispatcher qcore::cpu_matmul and qcore::cpu_matmul_out, whose schemas the caller has defined (torch_op.c).
+ *
+ * functions   torch's C functions, omp_get_max_threads and GOMP_parallel, in the order of the struct there; count of them
+ */
+int qc_torch_register(const void *const *functions, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -5,7 +5,8 @@ inputs as the quantized blocks before leave them. Learned are V, what is added t
 rounded, and per group alpha and beta, what the ends of the grid's range are multiplied with. SignSGD needs of a gradient only its
 sign, so the derivatives through rounding and clipping (straight-through) are written out here: autograd ends at the quantized
 weight, and a step is one pass over the weights. What differs from the authors' implementation, and the ablation that decided each
-default, is in docs/algorithms/autoround.md. Not here: devices, files, the order of blocks.
+default, is in docs/algorithms/autoround.md. Where tuning starts is in autoround_start.py, what depends on the device in autoround_device.py, the
+step as one kernel in autoround_triton.py and autoround_native.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import importlib.util
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,7 +30,6 @@ from qcore import (
     Algorithm,
     BlockContext,
     CalibrationError,
-    Linear,
     ModelError,
     Options,
     Override,
@@ -40,60 +39,10 @@ from qcore import (
     hookimpl,
 )
 
+from . import autoround_device as machine
 from . import gptq_native
-from .gptq import Gptq, Hessian, column_order, dampen_, float_target, permuted, solve, solver_for
-from .rtn import group_grids
-
-# ---- where tuning starts ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Start:
-    """W [out, in] float32, the weights that V is added to; their grids' scales and zeros [out, groups]."""
-
-    W: Tensor
-    scales: Tensor
-    zeros: Tensor
-    note: str = ""
-
-
-def covering_start(W: Tensor, config: QuantConfig) -> Start:
-    """The paper's start: grids that cover each group; a symmetric one has the extreme weight on its lowest code."""
-    scales, zeros, g_idx = group_grids(W, config, "minmax")
-    if config.sym:
-        ends = W.new_zeros(2, *scales.shape)  # lowest and highest of each group, 0 included
-        for end, reduce in zip(ends, ("amin", "amax"), strict=True):
-            end.scatter_reduce_(1, g_idx.long().expand(len(W), -1), W, reduce)
-        extreme = torch.where(ends[1] > -ends[0], ends[1], ends[0])
-        extreme = torch.where(extreme == 0, -torch.ones_like(extreme), extreme)
-        scales = grid.store_scale(-extreme / grid.symmetric_zero(config.bits), torch.float16)
-    return Start(W, scales, zeros)
-
-
-def searched_start(W: Tensor, config: QuantConfig, importance: Tensor | None, note: str = "") -> Start:
-    """Grids of least error in W, each column weighed by `importance` [in], the mean square of its input."""
-    scales, zeros, _ = group_grids(W, config, "mse", importance)
-    return Start(W, scales, zeros, note)
-
-
-def gptq_start(W: Tensor, H: Tensor, C: Tensor | None, config: QuantConfig, recipe: Gptq.Params) -> Start | None:
-    """GPTQ's solution as a start: its grids and, as W, the compensated weights that it rounded; None where it has none.
-
-    With V = 0 these round to GPTQ's codes, which rounding W itself cannot reach. They follow from the codes: GPTQ's scaled errors E
-    satisfy W - Q = E U, and a column was Q + E diag(U) when its turn came. With U = inv(R), H = RR', E = (W - Q) R.
-    """
-    target = W if C is None else float_target(W, H, C, recipe.float_targets, recipe.damp_percent)
-    found = solve(target, H, config, recipe, solver_for(recipe.solver, W.device)[1])
-    if found is None:
-        return None
-    size = W.shape[1] if config.group_size == -1 else config.group_size
-    perm = column_order(H.diagonal(), size, recipe.order)
-    reversed_H = dampen_(permuted(H, perm.flip(0)), found.damp_percent, recipe.shrink)
-    R = torch.linalg.cholesky(reversed_H).flip(0, 1)  # upper: rows and columns reversed, factored, reversed back
-    Q = grid.dequantize(found.codes, grid.spread(found.scales, found.g_idx), grid.spread(found.zeros, found.g_idx))
-    inside = ((target - Q)[:, perm] @ R).div_(R.diagonal())  # [out, in], what rounding took from each column
-    return Start(Q + inside[:, perm.argsort()], found.scales, found.zeros)
-
+from .autoround_start import Start, covering_start, find_starts, gptq_start
+from .gptq import Gptq, solver_for
 
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
 
@@ -221,10 +170,13 @@ def step_label(device: torch.device) -> str:
 
 def ranged_grid(low: Tensor, high: Tensor, alpha: Tensor, beta: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Return (s, z) of the range from alpha * low to beta * high (see Rounding)."""
+    maxq = low.new_full(
+        (), config.maxq
+    )  # a GPU multiplies with the inverse of what is no tensor, which the kernels do not
     if config.sym:
-        s = stored(beta * (high - low) / config.maxq)
+        s = stored(beta * (high - low) / maxq)
         return s, torch.full_like(s, grid.symmetric_zero(config.bits))
-    s = stored((beta * high - alpha * low) / config.maxq)
+    s = stored((beta * high - alpha * low) / maxq)
     return s, torch.round(-alpha * low / s).clamp_(1, config.maxq)
 
 
@@ -265,76 +217,6 @@ def signed_step(G: Tensor, r: Rounding, lr: float, minmax_lr: float | None) -> N
     r.V.addcmul_(passed.sign_(), s.sign().mul_(-lr)).clamp_(-0.5, 0.5)
 
 
-# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
-
-
-class Gradient8(torch.autograd.Function):
-    """x [..., in] @ weight' whose gradient of the weight is one product of 8-bit floats: SignSGD takes no more than its sign.
-
-    The weight's gradient sums over thousands of tokens, and the rounding of each goes either way. What flows on to
-    other linears is not rounded. x is e4m3, scaled to its largest value, the outputs' gradient e5m2, which has float16's range.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        onward = grad @ weight if ctx.needs_input_grad[0] else None
-        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        largest = rows.abs().amax().float().clamp(min=1e-12)
-        X = (rows.t() * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()  # [in, tokens]
-        Y = grad.t().clamp(-57344, 57344).to(torch.float8_e5m2).contiguous()  # [out, tokens]
-        one = torch.ones_like(largest)
-        return onward, torch._scaled_mm(Y, X.t(), scale_a=one, scale_b=largest / 448, out_dtype=weight.dtype)
-
-
-class Linear8(nn.Linear):
-    """A linear with Gradient8; modules take on this class for a while, so that one compilation serves all blocks."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = Gradient8.apply(input, self.weight)
-        return output if self.bias is None else output + self.bias
-
-
-@contextlib.contextmanager
-def gradients_in_8_bits(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let linears have Gradient8 within."""
-    own = [type(module) for module in modules]
-    try:
-        for module in modules:
-            module.__class__ = Linear8
-        yield
-    finally:
-        for module, kind in zip(modules, own, strict=True):
-            module.__class__ = kind
-
-
-def has_float8(device: torch.device) -> bool:
-    """Whether a device multiplies 8-bit floats."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def fits_float8(module: nn.Module, tokens: int) -> bool:
-    """Whether a linear's gradient can be a product of 8-bit floats: plain, of a half type, all sides multiples of 16."""
-    half = type(module) is nn.Linear and module.weight.dtype in (torch.float16, torch.bfloat16)
-    return half and all(size % 16 == 0 for size in (tokens, *module.weight.shape))
-
-
-def warm_up(device: torch.device) -> None:
-    """Compile something small in a thread: importing the compiler and starting its helpers takes seconds, and nobody waits."""
-
-    def compile_something() -> None:
-        x = torch.ones(16, 16, device=device, requires_grad=True)
-        torch.compile(lambda x: torch.softmax(x @ x, -1).square())(x).sum().backward()
-
-    threading.Thread(target=compile_something, daemon=True).start()
-
-
 # ---- tuning one block ------------------------------------------------------------------------------------------------
 
 
@@ -351,38 +233,47 @@ class Outcome:
 class Tuning:
     """The loop over one block: SignSGD on random batches, the best parameters on a fixed subset of them kept.
 
-    inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
     Nothing in a step makes the host wait for a GPU.
     """
 
-    def __init__(
-        self,
-        block: BlockContext,
-        roundings: Mapping[str, Rounding],
-        inputs: Sequence[Tensor] | None,
-        targets: Sequence[Tensor],
-        params: AutoRound.Params,
-    ) -> None:
-        self.block, self.roundings, self.inputs, self.targets, self.params = block, roundings, inputs, targets, params
-        self.dtype, self.autocast = precision(block, params.amp)
+    def __init__(self, block: BlockContext, params: AutoRound.Params) -> None:
+        self.block, self.params = block, params
+        self.dtype, self.autocast = machine.precision(block, params.amp)
         self.compiled = block.device.type == "cuda" if params.compile is None else params.compile
-        self.in_8_bits = self._modules_in_8_bits() if params.float8 is not False else []
-        wanted = min(len(targets), max(1, params.iters // 100))
+        self.rough = self._rough_modules() if params.rough_gradients is not False else []
+
+    def rehearse(self) -> None:
+        """Compile what a step runs, by a pass whose result nobody wants."""
+        weights = {
+            name: linear.weight.detach().to(self.dtype).requires_grad_() for name, linear in self.block.linears.items()
+        }
+        hidden, kwargs, _ = self.block.batch(0)
+        with self._surroundings():
+            output = self._forward(hidden, kwargs, weights)
+            output.backward(torch.zeros_like(output))
+
+    def run(
+        self, roundings: Mapping[str, Rounding], inputs: Sequence[Tensor] | None, targets: Sequence[Tensor]
+    ) -> tuple[Outcome, dict[str, Frozen]]:
+        """Tune; return how it went and the best parameters seen, frozen.
+
+        inputs: hidden states to use in place of the quantized stream's, or None. targets: what the block should give, one per batch.
+        """
+        self.roundings, self.inputs, self.targets = roundings, inputs, targets
+        iters, checks = self.params.iters, self.params.checks
+        wanted = min(len(targets), max(1, iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
-        self.losses = torch.zeros(params.iters, device=block.device)  # of each step, looked at only at the end
+        self.losses = torch.zeros(iters, device=self.block.device)  # of each step, looked at only at the end
         self.processes = Processes()
-        if len(targets[0]) * self.processes.count != params.bs:  # batches are whole ones: every process does the same
+        if (
+            len(targets[0]) * self.processes.count != self.params.bs
+        ):  # batches are whole ones: every process does the same
             self.processes = Processes(alone=True)
-        self.rates, self.unmatched = rates_by_linear(params.layer_lr, list(roundings))
+        self.rates, unmatched = rates_by_linear(self.params.layer_lr, list(roundings))
         self.processes.agree([x for each in roundings.values() for x in (each.W, each.low, each.high)])
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
-
-    def run(self) -> tuple[Outcome, dict[str, Frozen]]:
-        """Tune; return how it went and the best parameters seen, frozen."""
-        iters, checks = self.params.iters, self.params.checks
-        widened = full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
-        with widened, gradients_in_8_bits(self.in_8_bits), reproducible(self.block.device):
+        with self._surroundings():
             best = before = self.judge()
             if not math.isfinite(before):
                 raise ModelError(
@@ -400,7 +291,14 @@ class Tuning:
                         break
                     if loss < best or not checks:
                         best, best_step, kept = loss, step + 1, self._frozen()
-        return Outcome(before, best, best_step, "; ".join(filter(None, (note, self.unmatched)))), kept
+        return Outcome(before, best, best_step, "; ".join(filter(None, (note, unmatched)))), kept
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """What the block needs around it to be run in steps."""
+        widened = machine.full_precision(self.block.module) if self.dtype == torch.float32 else contextlib.nullcontext()
+        with widened, machine.rough_gradients(self.rough), machine.reproducible(self.block.device):
+            yield
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         """One step of SignSGD on `gradient_accumulate_steps` batches."""
@@ -418,19 +316,20 @@ class Tuning:
                 rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
 
-    def _modules_in_8_bits(self) -> list[nn.Module]:
-        """Return the linears whose gradients are to be products of 8-bit floats."""
-        if not has_float8(self.block.device) or self.dtype == torch.float32:
+    def _rough_modules(self) -> list[nn.Module]:
+        """Return the linears whose gradients are to be products of shorter numbers."""
+        device, prefix = self.block.device, f"{self.block.name}."
+        if machine.rough_type(device) is None:
             return []
-        prefix = f"{self.block.name}."
-        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.roundings]
-        return [module for module in modules if fits_float8(module, self.targets[0][..., 0].numel())]
+        tokens = self.block.batch(0)[0][..., 0].numel()
+        modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
+        return [module for module in modules if machine.can_be_rough(module, self.dtype, tokens, device)]
 
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
         numbers = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
         batches = map(self._batch, self.processes.own(numbers))
-        return beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
+        return machine.beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
 
     def _batch(self, number: int) -> Batch:
         """Return a batch's hidden states, keyword arguments, mask and target, on the device."""
@@ -443,11 +342,7 @@ class Tuning:
     def _error(self, batch: Batch, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         """Return the block's outputs on a batch, their error, 0 where it does not count, and the share that counts."""
         hidden, kwargs, mask, target = batch
-        if self.dtype != hidden.dtype:
-            hidden, kwargs = cast(hidden, self.dtype), cast(kwargs, self.dtype)
-        training = torch.is_grad_enabled()
-        with self.autocast:
-            output = self.block.forward(hidden, kwargs, weights, compiled=self.compiled and training)
+        output = self._forward(hidden, kwargs, weights)
         error = output.detach() - target  # of two halves it is right to the last bit of a half
         if mask is not None:
             error = error.masked_fill(~mask[..., None], 0)  # what padding gives may be NaN
@@ -455,7 +350,14 @@ class Tuning:
             magnitude = error.abs()
             largest = magnitude.flatten().topk(max(1, round(error.numel() * self.params.outliers))).values
             error *= magnitude < largest[-1]
-        return output, error, 1.0 if mask is None or training else float(mask.float().mean())
+        return output, error, 1.0 if mask is None or torch.is_grad_enabled() else float(mask.float().mean())
+
+    def _forward(self, hidden: Tensor, kwargs: dict[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the block's outputs with these weights, in the precision of the tuning."""
+        if self.dtype != hidden.dtype:
+            hidden, kwargs = machine.cast(hidden, self.dtype), machine.cast(kwargs, self.dtype)
+        with self.autocast:
+            return self.block.forward(hidden, kwargs, weights, compiled=self.compiled and torch.is_grad_enabled())
 
     @torch.no_grad()
     def judge(self) -> float:
@@ -493,33 +395,6 @@ def mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float32).square() / x.numel()
 
 
-def beside(items: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """Yield what copies things to a GPU, the copies on a stream of their own.
-
-    The host is most of a step ahead of the GPU, so the copies for a step run beside the one before it.
-    """
-    side = torch.cuda.Stream(device)
-    while True:
-        with torch.cuda.stream(side):
-            item = next(items)
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(side)
-        for x in tensors_in(item):
-            x.record_stream(current)
-        yield item
-        del item
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the GPU tensors of a nested value."""
-    if isinstance(value, Tensor):
-        if value.is_cuda:
-            yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
 class Processes:
     """The processes that share each batch of a step: those of torch.distributed's group, or one alone."""
 
@@ -547,77 +422,6 @@ def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
     """Yield 0 to count - 1 in a random order, for ever, each time another one."""
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively. CPUs are left in float32: few do, and results should not depend on which."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def precision(block: BlockContext, amp: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
-    """Return the dtype of the block's inputs and weights, and the context its forward runs in."""
-    own = next(iter(block.linears.values())).weight.dtype
-    if not amp:
-        return torch.float32, contextlib.nullcontext()
-    if own != torch.float32 or not has_bfloat16(block.device):
-        return own, contextlib.nullcontext()
-    return own, torch.autocast(block.device.type, torch.bfloat16)
-
-
-@contextlib.contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Let gradients on a GPU be the same bits every time, where that can be had: attention's are summed in no fixed order else."""
-    if not can_reproduce(device):
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-@cache
-def can_reproduce(device: torch.device) -> bool:
-    """Whether torch's deterministic mode works here. cuBLAS must have been told before the process first multiplied on a GPU."""
-    if device.type != "cuda":
-        return False  # nothing to be done: a CPU's results are the same bits already
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        torch.use_deterministic_algorithms(True)
-        x = torch.ones(16, 16, device=device)
-        return bool((x @ x).sum() > 0)
-    except RuntimeError:
-        return False
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@contextlib.contextmanager
-def full_precision(module: nn.Module) -> Iterator[None]:
-    """Let a block of a half type hold its parameters in float32 for a while."""
-    own = [(parameter, parameter.data) for parameter in module.parameters()]
-    try:
-        for parameter, data in own:
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Convert the floating tensors of a nested value."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast(item, dtype) for item in value)
-    return {key: cast(item, dtype) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -648,7 +452,8 @@ class AutoRound(Algorithm):
         checks: how often parameters are judged on a fixed subset of the batches, from step 0 on, to keep the best; 0 keeps the last.
         outliers: share of the largest errors left out of the loss.
         layer_lr: factors of lr and minmax_lr for some linears, {"down_proj": 0.5}, by the patterns that overrides take.
-        float8: multiply in 8-bit floats for the weights' gradients, of which only signs count. None: where the GPU can.
+        rough_gradients: find the weights' gradients, of which only signs count, by products of shorter numbers: of 8-bit floats on
+            GPUs, of bfloat16 on CPUs. None: where the device multiplies them faster.
         compile: torch.compile the block. None: on a GPU.
         """
 
@@ -670,7 +475,7 @@ class AutoRound(Algorithm):
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
         layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-        float8: bool | None = None
+        rough_gradients: bool | None = None
         compile: bool | None = None
 
         @model_validator(mode="before")
@@ -696,6 +501,11 @@ class AutoRound(Algorithm):
                 return self.minmax_lr
             return self.step_size if self.start == "rtn" else self.step_size / 20
 
+        @property
+        def recipe(self) -> Gptq.Params:
+            """GPTQ's options, of the start."""
+            return Gptq.Params(damp_percent=self.damp_percent, shrink=self.shrink, float_targets=self.float_targets)
+
     params: Params
     name = "autoround"
     description = "AutoRound: rounding and ranges learned by signed gradient descent, from GPTQ's solution on"
@@ -713,8 +523,8 @@ class AutoRound(Algorithm):
     @property
     def batch_size(self) -> int | None:
         """A step works on whole batches, or, in a run of several processes that divide one, each of them on its part."""
-        processes = Processes()
-        return self.params.bs // processes.count if self.params.bs % processes.count == 0 else self.params.bs
+        whole, rest = divmod(self.params.bs, self.processes)
+        return self.params.bs if rest else whole
 
     @property
     def blocks_at_once(self) -> int:
@@ -730,25 +540,26 @@ class AutoRound(Algorithm):
         """GPTQ's solver, where ties fall; whether equal runs on a GPU give equal bits; which code takes the steps."""
         facts: dict[str, Any] = {"solver_used": solver_for("auto", device)[0]} if self.params.start == "gptq" else {}
         if self.params.iters:
-            facts["step"] = step_label(device)
+            rough = machine.rough_type(device) if self.params.rough_gradients is not False else None
+            facts |= {"step": step_label(device), "rough_gradients": rough}
             if device.type == "cuda":
-                float8 = self.params.float8 is not False and has_float8(device)
-                facts |= {"deterministic": can_reproduce(device), "float8": float8}
+                facts["deterministic"] = machine.can_reproduce(device)
         return facts
 
     def quantize_block(self, block: BlockContext) -> dict[str, QuantizedWeight]:
         """Find a start for every linear, then tune them all together."""
-        if block.index == 0 and self.params.iters and block.device.type == "cuda" and self.params.compile is not False:
-            warm_up(block.device)
+        tuning = Tuning(block, self.params) if self.params.iters else None
+        if tuning and tuning.compiled and block.index == 0:
+            rehearse(tuning, block, self.params)
         inputs = None
         if self.params.iters and not self.params.use_quant_input:
             inputs = [hidden.clone() for hidden, _, _ in block.batches(float_stream=True)]
-        starts, targets = find_starts(block, self.params)
+        starts, targets = find_starts(block, self.params.start, self.params.recipe, tuned=tuning is not None)
         roundings = {name: Rounding(starts[name], linear.config) for name, linear in block.linears.items()}
         outcome, frozen = None, {}
-        if self.params.iters:
+        if tuning:
             self._check_batches(targets)
-            outcome, frozen = Tuning(block, roundings, inputs, targets, self.params).run()
+            outcome, frozen = tuning.run(roundings, inputs, targets)
         results = {}
         for name, linear in block.linears.items():
             results[name] = roundings[name].canonical(frozen.get(name) or roundings[name].freeze(), linear.bias)
@@ -762,8 +573,8 @@ class AutoRound(Algorithm):
                 notes += [
                     outcome.note,
                     self._without_amp(block),
-                    self._without_float8(block),
-                    without_determinism(block.device),
+                    self._without_rough_gradients(block),
+                    machine.without_determinism(block.device),
                 ]
             if any(notes):
                 block.record(name, note="; ".join(note for note in notes if note))
@@ -777,79 +588,45 @@ class AutoRound(Algorithm):
                 "Give more samples, or a smaller bs."
             )
 
-    def _without_float8(self, block: BlockContext) -> str:
-        if not self.params.float8 or has_float8(block.device):
+    def _without_rough_gradients(self, block: BlockContext) -> str:
+        if not self.params.rough_gradients or machine.rough_type(block.device):
             return ""
-        return f"float8: {block.device.type} does not multiply 8-bit floats, gradients are in the type of the block"
+        return f"rough_gradients: this {block.device.type} multiplies nothing shorter faster, gradients are in the type of the block"
 
     def _without_amp(self, block: BlockContext) -> str:
         float32 = next(iter(block.linears.values())).weight.dtype == torch.float32
-        if "amp" in self.params.model_fields_set and self.params.amp and float32 and not has_bfloat16(block.device):
+        if (
+            "amp" in self.params.model_fields_set
+            and self.params.amp
+            and float32
+            and not machine.has_bfloat16(block.device)
+        ):
             return f"amp: {block.device.type} has no native bfloat16, computed in float32"
         return ""
 
 
-def without_determinism(device: torch.device) -> str:
-    """What a report says where equal runs may differ."""
-    if device.type != "cuda" or can_reproduce(device):
-        return ""
-    return "equal runs may differ: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process first multiplies on the GPU"
+def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> None:
+    """Compile everything that the first block needs: what its start and its parameters run, beside the block itself.
 
-
-def find_starts(block: BlockContext, params: AutoRound.Params) -> tuple[dict[str, Start], Sequence[Tensor]]:
-    """Return the start of every linear, and the targets of tuning (nothing without any).
-
-    The inputs that a start is fitted to are those of the pass that gives the targets, the float model's: another pass over the
-    calibration would show the quantized stream's, and tuning, which sees those, makes the difference small.
+    What torch.compile does is mostly Python, what a kernel's compiler does is not, so the two hardly wait for each other. A
+    failure of the former is not looked at here: it comes again where it counts.
     """
-    hessians: dict[str, Hessian] = {}
-    paired = params.start == "gptq" and params.float_targets > 0
 
-    def visit(name: str, X: Tensor, X_float: Tensor | None = None) -> None:
-        if name not in hessians:
-            hessians[name] = Hessian(X.shape[1], X.device, paired)
-        hessians[name].add(X, X_float)
+    def start_something() -> None:
+        with torch.cuda.device(block.device) if block.device.type == "cuda" else contextlib.nullcontext():
+            W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
+            for config in dict.fromkeys(linear.config for linear in block.linears.values()):
+                start = covering_start(W, config)
+                if params.start == "gptq":
+                    start = gptq_start(W, torch.eye(512, device=W.device), None, config, params.recipe) or start
+                rounding = Rounding(start, config)
+                weight = rounding.weight(tuning.dtype)
+                rounding.update(torch.ones_like(weight), 1e-3, 1e-5 if params.enable_minmax_tuning else None, weight)
+                rounding.freeze()
 
-    names = [group[0] for group in block.groups] if params.start != "rtn" else []
-    if names and (paired or not params.iters):
-        block.observe(names, visit, paired=paired)
-        names = []
-    targets = block.float_outputs(names, visit) if params.iters else []
-    if params.start == "rtn":
-        return {
-            name: covering_start(linear.weight.float(), linear.config) for name, linear in block.linears.items()
-        }, targets
-    starts: dict[str, Start] = {}
-    for group in block.groups:
-        hessian = hessians.pop(group[0], None)
-        starts |= _starts_of_group([block.linears[name] for name in group], hessian, params)
-    return starts, targets
-
-
-def _starts_of_group(linears: Sequence[Linear], hessian: Hessian | None, params: AutoRound.Params) -> dict[str, Start]:
-    """Return the starts of linears that share an input: GPTQ solves those of one config stacked."""
-    if hessian is None or not hessian.tokens:
-        note = "no calibration token reached it"
-        return {each.name: searched_start(each.weight.float(), each.config, None, note) for each in linears}
-    H, C = hessian.finish()
-    if not bool(torch.isfinite(H).all()):
-        raise ModelError(f"the inputs of {linears[0].name} hold NaN or Inf: its activations overflow.")
-    recipe = Gptq.Params(damp_percent=params.damp_percent, shrink=params.shrink, float_targets=params.float_targets)
-    starts: dict[str, Start] = {}
-    for config in dict.fromkeys(linear.config for linear in linears):
-        members = [linear for linear in linears if linear.config == config]
-        W = torch.cat([linear.weight.float() for linear in members])
-        found = (
-            gptq_start(W, H, C, config, recipe) if params.start == "gptq" else searched_start(W, config, H.diagonal())
-        )
-        if found is None:
-            found = searched_start(
-                W, config, H.diagonal(), "its Hessian cannot be factorized: searched grids are the start"
-            )
-        sizes = [len(linear.weight) for linear in members]
-        parts = zip(found.W.split(sizes), found.scales.split(sizes), found.zeros.split(sizes), strict=True)
-        starts |= {linear.name: Start(*part, found.note) for linear, part in zip(members, parts, strict=True)}
-    return starts
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(start_something)
+        tuning.rehearse()
 
 
 @hookimpl

@@ -6,11 +6,13 @@ A group's range factors depend on all of its weights and on nothing else, so a p
     row 1   | group n | ...                as a tile [R, C], C >= group_size
 
 It reads W, V and the gradient, moves V, alpha and beta, and writes the weight that follows from them. Divisions round like
-torch's and nothing is fused, so that codes frozen by torch are those that were tuned. Importing this imports triton.
+torch's and nothing is fused, so that codes frozen by torch are those that were tuned. Also here: rounding to 8-bit floats, turned.
+Importing this imports triton.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -123,3 +125,32 @@ def step(
         float(2**bits - 1), float(2 ** (bits - 1)), SYM=sym, MINMAX=minmax_lr is not None, C=C, R=R,
         num_warps=min(16, max(4, R * C // 512)), enable_fp_fusion=False,
     )  # fmt: skip
+
+
+# ---- 8-bit floats ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns8_kernel(X, factor, Y, rows, columns, top, SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Program (i, j) turns the tile [R, C] at row i * R, column j * C. X: [rows, columns]; factor: []; Y: [columns, rows]."""
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    x = tl.load(X + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        x *= tl.load(factor)
+    x = _between(x, -top, top).to(Y.dtype.element_ty)
+    tl.store(Y + c.to(tl.int64)[:, None] * rows + r[None, :], tl.trans(x), mask=tl.trans(inside))
+
+
+def columns8(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`columns8` of autoround_device.py, in one pass: x [rows, columns] to [columns, rows]."""
+    x = x.contiguous()
+    rows, columns = x.shape
+    Y = torch.empty(columns, rows, dtype=dtype, device=x.device)
+    R, C = 128, 64
+    columns8_kernel[(triton.cdiv(rows, R), triton.cdiv(columns, C))](
+        x, x if factor is None else factor, Y, rows, columns, torch.finfo(dtype).max, SCALED=factor is not None, R=R, C=C,
+        num_warps=4,
+    )  # fmt: skip
+    return Y

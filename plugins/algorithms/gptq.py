@@ -39,6 +39,10 @@ from .rtn import find_grid, round_to_nearest
 
 #: Hessians gathered in one replay; a layer of many experts takes several
 HESSIAN_BYTES = 4 * 10**9
+#: elements of a weight whose error is found together
+AT_ONCE = 2**26
+#: a larger Hessian leaves a GPU for the host while its factor, as large, is there
+HOST_BYTES = 2**30
 
 # ---- the Hessian -----------------------------------------------------------------------------------------------------
 
@@ -75,8 +79,9 @@ class Hessian:
         return [self.sum, self.tokens] if self.cross is None else [self.sum, self.tokens, self.cross]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums."""
+        """Return H = X'X / tokens and C = X_float'X / tokens (or None), in the memory of the sums, which are gone."""
         H, C, tokens = self.sum, self.cross, max(1, int(self.tokens))
+        self.sum, self.cross = H.new_empty(0), None  # who holds this object does not hold their memory
         for start in range(0, len(H), self.PANEL):
             stop = min(start + self.PANEL, len(H))
             H[start:stop, start:stop].triu_().add_(H[start:stop, start:stop].triu(1).t())
@@ -131,11 +136,11 @@ def try_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> t
     """Return U [in, in] upper with U'U = inverse of the damped H[perm][:, perm], and whether it is that (bool []).
 
     One factorization: with rows and columns reversed, H = LL'; reversed back, L is an upper R with H = RR', and
-    U = inv(R). Beside H and what is returned it takes no more than half as much memory again. The host does not wait.
+    U = inv(R). It is made in the memory of one copy of H, on perm's device. The host does not wait.
     """
     A = dampen_(permuted(H, perm.flip(0)), damp_percent, shrink)
-    _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
-    U = turn_(invert_lower_(A))
+    failed = invert_factor_(A, LEAVES[A.device.type == "cpu"])
+    U = turn_(A)
     return U, (failed == 0) & torch.isfinite(U.sum())  # one element that is not finite spoils the sum
 
 
@@ -155,14 +160,48 @@ def ask(value: Tensor) -> Callable[[], bool]:
 
 
 def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
-    """Return H[perm][:, perm] [n, n], with no second copy of it on the way."""
-    A = H.index_select(0, perm)
+    """Return H[perm][:, perm] [n, n] on perm's device, with no second copy of it on the way."""
+    if H.device == perm.device:
+        A = H.index_select(0, perm)
+    else:
+        A = H.to(perm.device, non_blocking=True)
+        for columns in A.split(panel, dim=1):
+            columns.copy_(columns.index_select(0, perm))
     for rows in A.split(panel):
         rows.copy_(rows.index_select(1, perm))
     return A
 
 
 LEAF = 128  # rows of a triangle that is solved rather than halved
+LEAVES = {
+    True: 256,
+    False: 4096,
+}  # rows that LAPACK factorizes, on a CPU or not: beyond, matrix products are faster and need no room
+
+
+def invert_factor_(A: Tensor, leaf: int) -> Tensor:
+    """Replace a symmetric A [n, n] = LL' by inv(L); return int32 [], 0 unless there is no L. leaf: rows done at once.
+
+    Only what is on and below the diagonal is read. Beside A it takes room for a leaf, or for an eighth of A.
+    """
+    if len(A) <= leaf:
+        L, failed = torch.linalg.cholesky_ex(A)
+        invert_lower_(A.copy_(L))
+        return failed
+    half = -(-len(A) // (2 * leaf)) * leaf
+    first, B, last = A[:half, :half], A[half:, :half], A[half:, half:]
+    failed = invert_factor_(first, leaf)
+    width = -(-half // STRIPS)
+    for start in reversed(range(0, half, width)):  # B = B first', the block of L
+        stop = start + width
+        B[:, start:stop] = B[:, :stop] @ first[start:stop, :stop].t()
+    for start in range(0, len(last), width):
+        stop = start + width
+        last[start:stop, :stop].addmm_(B[start:stop], B[:stop].t(), alpha=-1)
+    failed = failed + invert_factor_(last, leaf)
+    A[:half, half:] = 0
+    _join_(A, half)
+    return failed
 
 
 def invert_lower_(L: Tensor) -> Tensor:
@@ -198,13 +237,13 @@ def _squares(L: Tensor, row: int, column: int, size: int, step: int, count: int)
     return L.as_strided((count, size, size), (step * (down + right), down, right), begin)
 
 
-def _join_(L: Tensor, half: int, strips: int = 4) -> Tensor:
-    """Invert a lower triangular L [n, n] in place whose two blocks of `half` and the rest on the diagonal are inverted already.
+STRIPS = 4  # of a product with a triangle, which leave out most of its zeros
 
-    Products with a triangle are made in strips, which leave out most of its zeros.
-    """
+
+def _join_(L: Tensor, half: int) -> Tensor:
+    """Invert a lower triangular L [n, n] in place whose two blocks of `half` and the rest on the diagonal are inverted already."""
     A, B, D = L[:half, :half], L[half:, :half], L[half:, half:]
-    width = -(-half // strips)
+    width = -(-half // STRIPS)
     for start in reversed(range(0, len(D), width)):  # B = -D B, the last rows first: they need all others as they were
         stop = start + width
         B[start:stop] = (D[start:stop, :stop] @ B[:stop]).neg_()
@@ -234,6 +273,7 @@ def float_target(W: Tensor, H: Tensor, C: Tensor, share: float, damp_percent: fl
     At share 1 it minimises |W X_float - Q X|^2 + damping * |W - Q|^2, GPTAQ's objective (arXiv 2504.02692) in closed
     form. Half the way is better than all of it: a full step also fits what is particular to the calibration text.
     """
+    H, C = H.to(W.device), C.to(W.device)
     L, failed = torch.linalg.cholesky_ex(dampen_(H.clone(), damp_percent, 0.0))
     if int(failed):
         return W  # no correction is always a valid target
@@ -284,7 +324,7 @@ Columns = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 def solve(
     W: Tensor, H: Tensor, config: QuantConfig, params: Gptq.Params, quantize: Columns | None = None, check: bool = True
 ) -> Solution | None:
-    """Quantize W [out, in] float32 so that tr((W - Q) H (W - Q)') is small; None when H cannot be factorized.
+    """Quantize W [out, in] so that tr((W - Q) H (W - Q)') is small; None when H cannot be factorized. H may be on the host.
 
     Group grids are found from the live weights, as compensated so far, when a group's first column comes up; with
     static_groups beforehand, from W itself. The grid search weighs a column by 1/U_jj^2: what an error there costs after
@@ -293,7 +333,7 @@ def solve(
     A GPU has all of the work before the host asks whether the factor was good, and is still at it when the answer comes.
     """
     size = W.shape[1] if config.group_size == -1 else config.group_size
-    perm = column_order(H.diagonal(), size, "act" if params.desc_act else params.order)
+    perm = column_order(H.diagonal().to(W.device), size, "act" if params.desc_act else params.order)
     for damp_percent in dampings(params.damp_percent):
         U, good = try_factor(H, perm, damp_percent, params.shrink)
         answer = ask(good)
@@ -319,17 +359,17 @@ def solve_with(
     visited = plain if params.desc_act and not params.static_groups else plain[perm]  # group of the i-th column
     importance = U.diagonal().square().reciprocal()  # [in], in the order of visit
     groups = grid.num_groups(columns, config.group_size)
-    scales = W.new_ones(groups, rows)  # groups and columns come first here: rows are contiguous
-    zeros = W.new_ones(groups, rows)
-    codes = W.new_empty(columns, rows, dtype=torch.uint8)
+    scales = U.new_ones(groups, rows)  # groups and columns come first here: rows are contiguous
+    zeros = U.new_ones(groups, rows)
+    codes = U.new_empty(columns, rows, dtype=torch.uint8)
     panels = _panels(columns, size, params.block_size)
-    Err = W.new_empty(max(panel[-1][1] - panel[0][0] for panel in panels), rows)
+    Err = U.new_empty(max(panel[-1][1] - panel[0][0] for panel in panels), rows)
     if params.static_groups:
-        Wt = W.t().contiguous()
+        Wt = W.t().to(U.dtype).contiguous()
         quantize(
             Wt, U[:0, :0], importance[inverse], plain, scales, zeros, codes[:0], Err[:0], size, config, params.grid
         )
-    Wt = W.t().index_select(0, perm)  # [in, out], live: compensated as columns are done
+    Wt = W.t().index_select(0, perm).to(U.dtype)  # [in, out], live: compensated as columns are done
     for panel in panels:
         begin, end = panel[0][0], panel[-1][1]
         for start, stop in panel:
@@ -466,8 +506,14 @@ def _panels(columns: int, size: int, block_size: int) -> list[list[tuple[int, in
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
-    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []."""
-    return (energy(W - Q, H).clamp(min=0) / energy(W, H).clamp(min=1e-30)).sqrt()
+    """Return |(W - Q) X| / |W X| over the calibration tokens, from H alone; float32 []. W may be of any dtype."""
+    lost, whole = Q.new_zeros(()), Q.new_zeros(())
+    step = max(1, AT_ONCE // W.shape[1])
+    for w, q in zip(W.split(step), Q.split(step), strict=True):
+        w = w.to(Q.dtype)
+        lost += energy(w - q, H)
+        whole += energy(w, H)
+    return (lost.clamp(min=0) / whole.clamp(min=1e-30)).sqrt()
 
 
 def energy(W: Tensor, H: Tensor) -> Tensor:
@@ -607,7 +653,7 @@ class Gptq(Algorithm):
         H, C = hessian.finish()
         checks.settle()  # of groups before this one: a GPU is done with them
         checks.add(torch.isfinite(H.diagonal()).all(), partial(_refuse_inputs, group[0]))
-        return H, C
+        return _aside(H), None if C is None else _aside(C)
 
     def _quantize_stacked(
         self,
@@ -622,10 +668,14 @@ class Gptq(Algorithm):
             return {name: self._plain(block, name, "no calibration token reached it") for name in names}
         H, C = found
         config = block.linears[names[0]].config
-        W = torch.cat([block.linears[name].weight.float() for name in names])
-        target = W if C is None else float_target(W, H, C, self.params.float_targets, self.params.damp_percent)
-        _, quantize = solver_for(self.params.solver, target.device)
-        solution = solve(target, H, config, self.params, quantize, check=False)
+        weights = [block.linears[name].weight for name in names]
+        W = torch.cat(weights) if len(names) > 1 else weights[0]
+        if C is not None:
+            W = float_target(W.float(), H, C, self.params.float_targets, self.params.damp_percent)
+        _, quantize = solver_for(self.params.solver, W.device)
+        solution = solve(W, H, config, self.params, quantize, check=False)
+        del W
+        H = H.to(block.device)
         if solution is None:
             checks.settle()
             return {name: self._plain(block, name, "its Hessian cannot be factorized", H) for name in names}
@@ -644,7 +694,7 @@ class Gptq(Algorithm):
                 config=config,
                 bias=linear.bias,
             )
-            block.record(name, error=relative_error(W[rows], results[name].dequantize(), H))
+            block.record(name, error=relative_error(linear.weight, results[name].dequantize(), H))
             if solution.damp_percent != self.params.damp_percent:
                 block.record(name, note=f"damp_percent raised to {solution.damp_percent:g}")
         return results
@@ -652,9 +702,9 @@ class Gptq(Algorithm):
     def _plain(self, block: BlockContext, name: str, why: str, H: Tensor | None = None) -> QuantizedWeight:
         """Round one linear to nearest and say why."""
         linear = block.linears[name]
-        importance = None if H is None else H.diagonal()
+        importance = None if H is None else H.diagonal().to(block.device)
         weight = round_to_nearest(linear.weight, linear.config, "mse", importance, linear.bias)
-        error = None if H is None else relative_error(linear.weight.float(), weight.dequantize(), H)
+        error = None if H is None else relative_error(linear.weight, weight.dequantize(), H)
         block.record(name, error=error, note=f"rounded to nearest: {why}")
         return weight
 
@@ -677,6 +727,13 @@ class Checks:
             if not holds():
                 refuse()
         self.open.clear()
+
+
+def _aside(H: Tensor) -> Tensor:
+    """Return a Hessian, moved to the host when it is large and on a GPU, in memory from which that fetches by itself."""
+    if not H.is_cuda or H.numel() * H.element_size() <= HOST_BYTES:
+        return H
+    return torch.empty(H.shape, dtype=H.dtype, pin_memory=True).copy_(H)
 
 
 def _refuse_inputs(name: str) -> None:

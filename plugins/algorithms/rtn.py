@@ -13,6 +13,9 @@ from torch import Tensor
 
 from qcore import Algorithm, BlockContext, ModelError, Options, QuantConfig, QuantizedWeight, grid, hookimpl
 
+#: rows rounded together: what is worked with on the way is small beside a weight
+ROWS = 1024
+
 
 def find_grid(
     w: Tensor, config: QuantConfig, method: str, importance: Tensor | None, check: bool = True
@@ -50,8 +53,10 @@ def round_to_nearest(
     """Return W [out, in] rounded to its grids."""
     W = W.float()
     scales, zeros, g_idx = group_grids(W, config, method, importance)
-    codes = grid.quantize(W, grid.spread(scales, g_idx), grid.spread(zeros, g_idx), config.bits)
-    return QuantizedWeight(codes.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int32), g_idx, config, bias)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    for rows, w, s, z in zip(*(each.split(ROWS) for each in (codes, W, scales, zeros)), strict=True):
+        rows.copy_(grid.quantize(w, grid.spread(s, g_idx), grid.spread(z, g_idx), config.bits))
+    return QuantizedWeight(codes, scales.to(torch.float16), zeros.to(torch.int32), g_idx, config, bias)
 
 
 class Power:
@@ -108,8 +113,9 @@ class Rtn(Algorithm):
                 weight = round_to_nearest(
                     linear.weight, linear.config, self.params.grid, power.get(group[0]), linear.bias
                 )
-                difference = weight.dequantize() - linear.weight.float()
-                block.record(name, error=float(difference.norm() / linear.weight.float().norm().clamp_min(1e-30)))
+                W, difference = linear.weight.float(), weight.dequantize()
+                error = difference.sub_(W).norm() / W.norm().clamp_min(1e-30)
+                block.record(name, error=float(error))
                 results[name] = weight
         return results
 

@@ -22,6 +22,10 @@ from .ops import define_product
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C ABI numbers them
 TILE, BLOCK = 16, 32  # outputs and columns that lie together
 BEST = 0  # the instruction set: the best of this machine
+FLOAT_BITS = {
+    torch.float16: 16,
+    torch.bfloat16: 17,
+}  # "bits" of weights that are not quantized: QC_HALF_WEIGHT, QC_BFLOAT_WEIGHT
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
 
 
@@ -30,7 +34,8 @@ def _sizes(bits: int, n: int, k: int, group_size: int, asym: bool) -> tuple[int,
     """Bytes of packed and numbers of meta."""
     tiles, blocks = -(-n // TILE), -(-k // BLOCK)
     groups = 1 if group_size == -1 else -(-k // group_size)
-    return tiles * blocks * 64 * (bits if bits <= 4 else 8), tiles * groups * TILE * (2 if asym else 1)
+    stored = bits if bits <= 4 else 16 if bits in FLOAT_BITS.values() else 8
+    return tiles * blocks * 64 * stored, tiles * groups * TILE * (2 if asym else 1)
 
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
@@ -135,28 +140,52 @@ class CpuBackend(Backend):
         Returns packed uint8, meta (scales and zeros, float16 where that holds them exactly and else float32) and perm int32,
         empty where columns are in order.
         """
+        cpu_library.register()
         bits, n, columns = spec.config.bits, weight.out_features, weight.in_features
         perm, group_size, groups = layout(weight.g_idx.cpu(), spec.config.group_size)
         k = columns if perm is None else perm.shape[0]
         perm = torch.empty(0, dtype=torch.int32) if perm is None else perm.contiguous()
         packed = torch.empty(_sizes(bits, n, k, group_size, not spec.config.sym)[0], dtype=torch.uint8)
-        codes = weight.codes.cpu().contiguous()
-        cpu_library.CPU.call(
-            cpu_library.load(), "qc_cpu_pack", bits, n, columns, k, codes.data_ptr(), _pointer(perm), packed.data_ptr(),
-            torch.get_num_threads(), cpu_library.openmp(),
-        )  # fmt: skip
+        _pack(bits, n, columns, k, weight.codes.cpu().contiguous(), perm, packed)
         return {"packed": packed, "meta": _meta(weight, groups), "perm": perm}
 
     def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
         """Multiply; within autocast x takes autocast's dtype, as with torch's own linears."""
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
+        if x.dtype not in DTYPES or x.shape[-1:] != (spec.in_features,):  # the op says less well what is wrong
+            raise BackendError(
+                f"cpu: x is {x.dtype} {list(x.shape)}, expected float32, bfloat16 or float16 [..., {spec.in_features}]."
+            )
         config = spec.config
         y: Tensor = torch.ops.qcore.cpu_matmul(
             x, buffers["packed"], buffers["meta"], buffers["perm"], config.bits,
             packed_group_size(config.group_size, spec.in_features), not config.sym, spec.in_features, spec.out_features,
         )  # fmt: skip
         return y
+
+    def float_product(self, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """For weights that 16 bits hold exactly: half the bytes of float32, and a product that keeps up with memory."""
+        if weight.device.type != "cpu" or weight.dtype not in DTYPES or self.unavailable():
+            return None
+        cpu_library.register()
+        n, k = weight.shape
+        halves = next((half for half in map(weight.to, FLOAT_BITS) if torch.equal(half.to(weight.dtype), weight)), None)
+        if halves is None:
+            return None
+        halves, bits, perm = halves.contiguous(), FLOAT_BITS[halves.dtype], torch.empty(0, dtype=torch.int32)
+        packed_size, meta_size = _sizes(bits, n, k, -1, False)
+        packed, ones = torch.empty(packed_size, dtype=torch.uint8), torch.ones(meta_size, dtype=torch.float16)
+        _pack(bits, n, k, k, halves, perm, packed)
+        return lambda x: torch.ops.qcore.cpu_matmul(x, packed, ones, perm, bits, -1, False, k, n)
+
+
+def _pack(bits: int, n: int, columns: int, k: int, codes: Tensor, perm: Tensor, packed: Tensor) -> None:
+    """Lay out codes uint8 [n, columns], or a weight of 16 bits, into `packed`."""
+    cpu_library.CPU.call(
+        cpu_library.load(), "qc_cpu_pack", bits, n, columns, k, codes.data_ptr(), _pointer(perm), packed.data_ptr(),
+        torch.get_num_threads(), cpu_library.openmp(),
+    )  # fmt: skip
 
 
 def _meta(weight: QuantizedWeight, groups: Tensor) -> Tensor:

@@ -21,12 +21,16 @@ def define_product(
 ) -> None:
     """Make two functions the ops qcore::NAME(x, …), x [..., in] to [..., out], and qcore::NAME_transposed(grad, …), its gradient.
 
+    qcore::NAME_out(x, …, out=) is the first, written to a tensor that is given.
+
     arguments: their schema after the first, tensors before numbers; the last two are in_features and out_features.
     """
     for op, first, function, width in ((name, "x", product, -1), (f"{name}_transposed", "grad", transposed, -2)):
         _LIBRARY.define(f"{op}(Tensor {first}, {arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(op, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qcore::{op}", _shaped(width), lib=_LIBRARY)
+    _LIBRARY.define(f"{name}_out(Tensor x, {arguments}, *, Tensor(a!) out) -> Tensor(a!)")
+    _LIBRARY.impl(f"{name}_out", _written(product), "CompositeExplicitAutograd")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         held = inputs[1:]
@@ -39,6 +43,15 @@ def define_product(
         return getattr(torch.ops.qcore, f"{name}_transposed")(grad, *held), *[None] * len(held)
 
     torch.library.register_autograd(f"qcore::{name}", backward, setup_context=save, lib=_LIBRARY)
+
+
+def _written(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The product written to a tensor that is given."""
+
+    def write(*arguments: Any, out: Tensor) -> Tensor:
+        return out.copy_(product(*arguments))
+
+    return write
 
 
 def _shaped(width: int) -> Callable[..., Tensor]:

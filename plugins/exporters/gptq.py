@@ -31,6 +31,8 @@ from .layouts import Rows, grid_of, itrex, layers_of, note_of_zeros, raise_zeros
 
 BITS = (2, 3, 4, 8)
 SIDE_FILE = "quantize_config.json"
+#: linears that vLLM makes one of, for which it looks in `dynamic` under the name of the whole
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -75,6 +77,9 @@ class Gptq(TensorExporter):
         for name, layer in content.layers.items():
             if layer.config != base:
                 dynamic[f"+:^{re.escape(name)}$"] = layer.config.model_dump()
+        for name, grid in _fused(content.layers).items():
+            if grid != base:
+                dynamic[f"+:^{re.escape(name)}$"] = grid.model_dump()
         for name in content.provenance.get("skipped", []):
             dynamic[f"-:^{re.escape(name)}$"] = {}
         config = {
@@ -166,6 +171,18 @@ class GptqV2(Gptq):
     name = "gptq_v2"
     description = "GPTQ v2 (true zero points), read by GPTQModel and newer vLLM"
     zero_offset = 0
+
+
+def _fused(layers: Mapping[str, LayerSpec]) -> dict[str, QuantConfig]:
+    """The name vLLM gives linears of one grid that it fuses -> their grid."""
+    found = {}
+    for whole, (first, *others) in FUSED.items():
+        for name, layer in layers.items():
+            parent, _, last = name.rpartition(".")
+            parts = [layers.get(f"{parent}.{other}") for other in others]
+            if last == first and all(part is not None and part.config == layer.config for part in parts):
+                found[f"{parent}.{whole}"] = layer.config
+    return found
 
 
 def _by_gptqmodel(quantization: Mapping[str, Any]) -> bool:

@@ -85,7 +85,7 @@ class Rows:
         """See Layout."""
         stored = (weight.zeros - self.zero_offset).t().contiguous()
         tensors = {
-            f"{name}.qweight": packing.pack(weight.codes, weight.bits).t().contiguous(),
+            f"{name}.qweight": _turned(packing.pack(weight.codes, weight.bits)),
             f"{name}.qzeros": packing.pack(stored, weight.bits),
             f"{name}.scales": weight.scales.t().contiguous(),
         }
@@ -126,7 +126,7 @@ class Rows:
         if g_idx is None:
             g_idx = grid.group_index(layer.in_features, config.group_size)
         return QuantizedWeight(
-            codes=packing.unpack(tensors["qweight"].t().contiguous(), config.bits, layer.in_features).contiguous(),
+            codes=packing.unpack(_turned(tensors["qweight"]), config.bits, layer.in_features).contiguous(),
             scales=tensors["scales"].t().contiguous(),
             zeros=zeros.t().contiguous(),
             g_idx=g_idx,
@@ -198,32 +198,38 @@ class Columns:
 
 
 def _pack_columns(codes: Tensor) -> Tensor:
-    """uint8 [N, k] -> int32 [k, N/8], a byte of all words at a time."""
+    """uint8 [N, k] -> int32 [k, N/8], half a word at a time."""
     eights = codes.reshape(-1, 8, codes.shape[1])  # [N/8, 8, k]
-    words = torch.zeros(len(eights), codes.shape[1], dtype=torch.int32)
+    words = packing.roomy([len(eights), codes.shape[1]], torch.int32, eights.device)
+    halves = words.view(torch.int16).view(*words.shape, 2)
     for part in _parts_in_cache(eights):
-        for byte in range(4):
-            low, high = ORDER[2 * byte], ORDER[2 * byte + 1]
-            words[part] |= (eights[part, low] | eights[part, high] << 4).int() << 8 * byte
-    return words.t().contiguous()
+        bytes_ = [eights[part, ORDER[slot]] | eights[part, ORDER[slot + 1]] << 4 for slot in (0, 2, 4, 6)]
+        for half in (0, 1):
+            low, high = bytes_[2 * half : 2 * half + 2]
+            torch.bitwise_or(low.short(), high.short() << 8, out=halves[part, :, half])
+    return _turned(words)
 
 
 def _unpack_columns(words: Tensor) -> Tensor:
-    """int32 [k, N/8] -> uint8 [N, k]."""
-    turned = words.t().clone(memory_format=torch.contiguous_format)
-    bytes_ = turned.view(torch.uint8).reshape(-1, words.shape[0], 4)  # [N/8, k, 4]
-    codes = torch.empty(len(bytes_), 8, words.shape[0], dtype=torch.uint8)
+    """int32 [k, N/8] -> uint8 [N, k], a byte of all words at a time."""
+    bytes_ = _turned(words).view(torch.uint8).reshape(-1, words.shape[0], 4)  # [N/8, k, 4]
+    codes = packing.roomy([len(bytes_), 8, words.shape[0]], torch.uint8, words.device)
     for part in _parts_in_cache(codes):
         for byte in range(4):
             both = bytes_[part, :, byte].contiguous()
-            codes[part, ORDER[2 * byte]] = both & 15
-            codes[part, ORDER[2 * byte + 1]] = both >> 4
+            torch.bitwise_and(both, 15, out=codes[part, ORDER[2 * byte]])
+            torch.bitwise_right_shift(both, 4, out=codes[part, ORDER[2 * byte + 1]])
     return codes.flatten(0, 1)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """A copy with rows and columns exchanged."""
+    return packing.roomy(matrix.t().shape, matrix.dtype, matrix.device).copy_(matrix.t())
 
 
 def _parts_in_cache(eights: Tensor) -> list[slice]:
     """Cut the first of [N/8, 8, k] so that what is worked on at a time stays in a CPU's cache."""
-    step = max(1, 2**20 // max(1, 8 * eights.shape[2]))
+    step = max(1, 2**21 // max(1, 8 * eights.shape[2]))
     return [slice(start, start + step) for start in range(0, len(eights), step)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcore import Finding, Subject
+from qcore import Finding, QuantizedWeight, Subject
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: linears that tensor parallelism cuts along their inputs; all others along their outputs
@@ -30,19 +30,21 @@ def config_keys(subject: Subject, keys: Sequence[str], source: str) -> list[Find
     return [Finding("refuses", "config keys", problem, (), source)]
 
 
-def zero_range(subject: Subject, low: int, source: str) -> list[Finding]:
+def zero_range(subject: Subject, source: str) -> list[Finding]:
     """Zero points that a v1 file cannot hold for every reader, looked up in the weights of a folder.
 
-    0 is stored as -1, which some readers take for 2**bits and others for 0 (docs/formats.md).
+    A field of ones is 2**bits to some readers, 0 to others, and to GPTQModel 0 with one more in the next field (docs/formats.md).
     """
     if subject.weight is None:
         return []
     odd = subject.where(lambda layer: not layer.config.sym)
-    found = tuple(name for name in odd if bool((subject.weight(name).zeros < low).any()))
-    problem = (
-        f"zero points below {low}, which readers of v1 files take for different numbers; convert to gptq_v2 or awq"
-    )
+    found = tuple(name for name in odd if _beyond(subject.weight(name)))
+    problem = "zero points that readers of v1 files take for different numbers; convert to gptq_v2 or awq"
     return [Finding("refuses", "zero range", problem, found, source)] if found else []
+
+
+def _beyond(weight: QuantizedWeight) -> bool:
+    return bool(((weight.zeros < 1) | (weight.zeros > weight.config.maxq)).any())
 
 
 def fused(subject: Subject, source: str) -> list[Finding]:

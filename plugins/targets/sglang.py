@@ -26,7 +26,7 @@ class Sglang(Target):
             found.append(Finding("refuses", "packing", problem, (), SOURCE))
         found += [*fused(subject, SOURCE), *partly_quantized(subject, SOURCE)]
         if subject.format == "gptq":
-            found += zero_range(subject, 1, "sgl-kernel: q_gemm_kernel_gptq.cuh")
+            found += zero_range(subject, "sgl-kernel: q_gemm_kernel_gptq.cuh")
         return [*found, *tied_head(subject, SOURCE), *tensor_parallel(subject, SOURCE)]
 
     def how_to_load(self, format: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcore import Finding, Subject, Target, hookimpl
 
-from .rules import formats, tied_head
+from .rules import formats, tied_head, zero_range
 
 SOURCE = "transformers/quantizers"
 #: format -> packages beside transformers
@@ -12,7 +12,7 @@ NEEDS = {
     "gptq": "optimum and gptqmodel",
     "gptq_v2": "optimum and gptqmodel",
     "awq": "gptqmodel",
-    "autoround": "auto-round",
+    "autoround": "auto-round (for 4 bits asymmetric also auto-round-lib on a CPU, gptqmodel on a GPU)",
     "compressed-tensors": "compressed-tensors",
     "gguf": "gguf (weights are multiplied out)",
     "hf-dequantized": "",
@@ -35,6 +35,8 @@ class Transformers(Target):
             odd = subject.where(lambda layer: layer.in_features % 32 != 0 or layer.out_features % 32 != 0)
             problem = "auto-round's torch kernel wants both sides in multiples of 32"
             found += [Finding("refuses", "shape", problem, odd, "auto_round/inference/backend.py")] if odd else []
+        if subject.format == "gptq":
+            found += zero_range(subject, "gptqmodel/utils/model.py")
         needs = NEEDS[subject.format]
         return [*found, Finding("kernel", "packages", f"needs {needs}", (), SOURCE)] if needs else found
 

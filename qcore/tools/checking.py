@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from ..api import DEFAULT_FORMAT, open_content
+from ..api import DEFAULT_FORMAT
 from ..checkpoint import ModelFolder, folder_config, resolve_model
 from ..config import Override, QuantConfig
+from ..content import open_content
+from ..discovery import find_adapter
 from ..errors import ConfigError, suggest
 from ..exporter import Exporter, LayerSpec
 from ..model import FolderWeights, skeleton
+from ..plan import plan_linears, shape_of
 from ..plugins import Plugins, installed
-from ..run import find_adapter, plan_linears, shape_of
 from ..target import Finding, Subject, Target
 
 

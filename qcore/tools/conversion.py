@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import __version__, grid
-from ..api import open_content
 from ..checkpoint import check_output, complete_folder, in_shards, resolve_model, write_manifest
 from ..config import QuantConfig
+from ..content import open_content
 from ..errors import CheckpointError, name_list
 from ..exporter import Content, Exporter, LayerSpec
 from ..model import transposed_linears

@@ -13,16 +13,16 @@ from torch import nn
 from .. import grid
 from ..adapter import ModelAdapter, _any_expert, is_linear
 from ..algorithm import Algorithm
-from ..api import DEFAULT_ALGORITHM, _algorithm, _longest, make_job, pick_device
+from ..api import DEFAULT_ALGORITHM, _algorithm, pick_device
 from ..checkpoint import FolderExporter, ModelFolder, ShardWriter, check_output, resolve_model
 from ..config import Override, QuantConfig
 from ..experts import Experts
 from ..exporter import Exporter
 from ..memory import parse_bytes
-from ..model import FolderWeights, Names, _get, skeleton, stored_dtype
+from ..model import FolderWeights, Names, _get, longest, skeleton, stored_dtype
+from ..plan import Job, check_format, check_model, make_job, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
-from ..run import Job, check_format, check_model, shape_of
 from ..weight import QuantizedWeight
 from .probe import probe as try_out
 
@@ -71,7 +71,7 @@ def explain(
         check_model(nn.Module(), folder)
     network = skeleton(folder, trust_remote_code)
     check_model(network, folder)
-    seqlen = min(seqlen, _longest(network) or seqlen)
+    seqlen = min(seqlen, longest(network) or seqlen)
     job = make_job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
         tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..api import DEFAULT_FORMAT, inspect, open_content, save
+from ..api import DEFAULT_FORMAT, inspect, save
+from ..content import open_content
 from ..errors import ModelError
 from ..plugins import Plugins, installed
 from .checking import check

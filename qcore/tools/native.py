@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..api import info_of, open_content
+from ..content import info_of, open_content
 from ..errors import CheckpointError
 from ..experts import unfuse
 from ..exporter import Content

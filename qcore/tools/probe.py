@@ -19,9 +19,11 @@ import torch
 from ..calibration import Calibration, TokenSequence
 from ..checkpoint import ModelFolder
 from ..exporter import Content, Exporter
+from ..journal import Journal
 from ..memory import limited
 from ..model import FolderWeights
-from ..run import Job, Journal, _Inputs, _move_on, _quantize, _Work, journal_content, shape_of
+from ..plan import Job, shape_of
+from ..run import _Inputs, _move_on, _quantize, _Work, journal_content
 
 #: a trial of one batch that takes longer than this many seconds is not repeated, and the longer one is of two batches
 PATIENCE = 10.0

@@ -5,9 +5,9 @@ from torch import nn
 import qcore
 from qcore import ModelAdapter, ModelError
 from qcore.adapter import find_block_list, linears_in
+from qcore.discovery import find_adapter
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
-from qcore.run import find_adapter
 from qcore.testing import TinyModel, check_adapter
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ from torch import nn
 import qcore
 from qcore import ModelError, QuantConfig, RunError
 from qcore import blocks as walk
+from qcore.capture import Stream, capture_inputs
 from qcore.model import ModuleWeights
-from qcore.run import capture_inputs, plan_linears
+from qcore.plan import plan_linears
 from qcore.testing import TinyBlock, TinyModel, random_weight, tiny_tokens, tiny_transformer
 
 CPU = torch.device("cpu")
@@ -325,7 +326,7 @@ def with_float_stream(model, index=0):
     """A block of a TinyModel with both streams."""
     captured = captured_of(model, [(torch.stack(tiny_tokens(3)[:2]), None), (torch.stack(tiny_tokens(3)[2:]), None)])
     block = first_block(model, captured, index)
-    block.float_inputs = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
+    block.float_inputs = Stream([hidden.clone() for hidden in captured.stream.hidden])
     return block
 
 
@@ -434,7 +435,7 @@ def test_a_kept_input_is_dropped_when_what_leads_to_it_changes():
             seen = observed(block, names[3:])
             block.replace(names[3], weights[names[3]])
             block.replace(names[0], random_weight(64, 64, QuantConfig(group_size=32), seed=5))
-            stream = walk.Stream([hidden.clone() for hidden in captured.stream.hidden])
+            stream = Stream([hidden.clone() for hidden in captured.stream.hidden])
             block.advance(stream)
         outputs.append([*seen[names[3]], *stream.hidden])
         for name, linear in block.linears.items():

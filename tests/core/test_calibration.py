@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import sys
@@ -92,6 +93,32 @@ def test_long_sequences_are_cut_short_ones_dropped_and_both_counted():
     assert [len(ids) for ids in ids_of(found)] == [16, 2, 2, 2]
     (source,) = found.report["sources"]
     assert source == {"source": "list", "samples": 4, "dropped_empty": 2, "cut_to_seqlen": 1, "not_needed": 1}
+
+
+def test_no_more_is_read_of_a_data_loader_than_is_needed():
+    """It may have no end; what is empty does not count."""
+    read = []
+
+    def batches():
+        for number in itertools.count():
+            read.append(number)
+            yield torch.full((3, 8), number) if number else torch.zeros(3, 0, dtype=torch.int64)
+
+    found = used(batches())
+    assert ids_of(found) == [[1] * 8] * 3 + [[2] * 8]
+    assert read == [0, 1, 2]
+    assert found.report["sources"][0] == {
+        "source": "generator", "samples": 4, "dropped_empty": 3, "cut_to_seqlen": 0, "not_needed": 0
+    }  # fmt: skip
+
+
+def test_a_data_loader_that_runs_dry_is_said_so():
+    loader = iter([torch.zeros(2, 8, dtype=torch.int64)] * 2)
+    found = used(loader, samples=8)
+    assert len(found.sequences) == 4
+    assert found.report["sources"][0]["short"] == "asked for 8 samples, it ended after 4"
+    with pytest.raises(CalibrationError, match="an iterator that was read before has none left"):
+        used(loader)
 
 
 def test_masks_are_honoured_where_given():

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -245,6 +246,20 @@ def test_equal_content_gives_equal_bytes_and_data_is_aligned(tmp_path):
     assert data[8 + header :] == bytes(tensors["a"].numpy().data) + bytes(tensors["bb"].numpy().data)
     with safe_open(tmp_path / "one" / SINGLE, "pt") as handle:
         assert handle.metadata() == {"format": "pt"}
+
+
+def test_work_on_threads_keeps_its_order_and_takes_one_thread_each():
+    from qcore.checkpoint import in_order
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = list(in_order(lambda n: (time.sleep(0.02 * (n % 2)), n, torch.get_num_threads())[1:], range(6)))
+        assert [n for n, _ in found] == list(range(6))
+        assert {threads for _, threads in found} == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_dtype_safetensors_cannot_hold_is_named(tmp_path):

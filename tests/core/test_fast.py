@@ -1,11 +1,14 @@
-"""Fast generation: the same tokens as transformers' own loop, on the CPU, where a step is compiled or runs as it is."""
+"""Fast generation: the same tokens as transformers' own loop, on the CPU, where a step is recorded, compiled or runs as it is."""
 
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import qcore
 from qcore import BackendError, ModelError, QuantLinear, fast
+from qcore.plugins import Plugins
+from qcore.tools.bench import FloatBackend
 
 LEFT_PADDED = torch.tensor([[2, 3, 4, 5, 6, 7], [0, 0, 8, 9, 10, 11]])
 MASK = (LEFT_PADDED > 0).long()
@@ -58,7 +61,7 @@ def test_a_step_is_kept_for_calls_that_fit_it():
 def test_a_compiled_step_gives_them_too():
     model = zoo.build("llama", num_hidden_layers=1)
     expected = generate(model)
-    fast.accelerate(model)
+    fast.accelerate(model, compiled=True)
     assert torch.equal(generate(model), expected)
     step = model.generate.args[1]._step
     assert step._run != step._eager
@@ -74,7 +77,7 @@ def test_a_step_that_does_not_compile_runs_as_it_is_and_says_so(monkeypatch, cap
     monkeypatch.setattr(torch, "compile", failing)
     model = zoo.build("llama")
     expected = generate(model)
-    fast.accelerate(model)
+    fast.accelerate(model, compiled=True)
     assert torch.equal(generate(model), expected)
     assert "torch.compile failed" in caplog.text
     assert "(no compiler)" in caplog.text
@@ -137,12 +140,59 @@ def test_what_a_step_cannot_do_transformers_does_and_the_reason_is_logged_once(s
     assert [reason in record.message for record in caplog.records if record.name == "qcore.fast"] == [True]
 
 
-def test_sequences_longer_than_a_sliding_window_are_left_to_transformers(caplog):
-    model = zoo.build("gemma2")
+@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "gpt_oss", "llama4_text"])
+def test_windows_are_kept_within_them_and_beyond(name):
+    model = zoo.build(name)
+    settings = [{}, {"max_new_tokens": 2}, {"max_new_tokens": 24}, {"num_beams": 2}]
+    expected = [generate(model, **each) for each in settings]
+    fast.accelerate(model, compiled=False)
+    for each, tokens in zip(settings, expected, strict=True):
+        assert torch.equal(generate(model, **each), tokens), each
+
+
+def test_large_float_weights_are_multiplied_by_a_backend_until_they_change(monkeypatch):
+    class Halving(FloatBackend):
+        def float_product(self, weight):
+            asked.append(weight.shape)
+            return lambda x: calls.append(x.shape) or nn.functional.linear(x, weight)
+
+    asked, calls = [], []
+    monkeypatch.setattr(fast, "LARGE", 320 * 64)
+    model = zoo.build("llama")
+    expected = generate(model)
+    plugins = Plugins([])
+    monkeypatch.setattr(plugins, "usable", lambda kind: {"halving": Halving(torch.float32)})
+    fast.accelerate(model, plugins=plugins)
+    assert torch.equal(generate(model), expected)
+    assert set(asked) == {(320, 64)}
+    assert calls
+    head, x = model.lm_head, torch.randn(1, 64)
+    calls.clear()
+    head(torch.randn(fast.FEW + 1, 64))  # many tokens
+    head(x.requires_grad_())
+    assert not calls
+    with torch.no_grad():
+        head(x)
+        assert len(calls) == 1
+        head.weight.mul_(2)
+        assert torch.equal(head(x), nn.functional.linear(x, head.weight))
+    assert len(calls) == 1
+
+
+def test_a_cache_of_another_kind_is_left_to_transformers(caplog):
+    model = zoo.build("lfm2")
     expected = generate(model)
     fast.accelerate(model, compiled=False)
     assert torch.equal(generate(model), expected)
-    assert "outgrow the model's window of 8" in caplog.text
+    assert "cache layers of another kind (LinearAttentionLayer" in caplog.text
+
+
+def test_a_step_whose_code_looks_at_values_runs_as_it_is_and_says_so(caplog):
+    model = zoo.build("xglm")
+    expected = generate(model)
+    fast.accelerate(model)
+    assert torch.equal(generate(model), expected)
+    assert "the step runs as it is, as its code calls aten._local_scalar_dense.default" in caplog.text
 
 
 def test_a_model_without_a_static_cache_is_refused():

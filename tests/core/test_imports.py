@@ -17,7 +17,8 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "blocks", "run", "evaluation", "fast", "api", "cli", "testing",
+    "plugins", "linear", "experts", "calibration", "checkpoint", "memory", "model", "capture", "discovery", "plan", "journal",
+    "blocks", "run", "evaluation", "tape", "fast", "content", "api", "cli", "testing",
 ]  # fmt: skip
 
 #: what stands on the public door, and is imported by the command line alone
@@ -50,6 +51,12 @@ def imported_from_core(tree):
 
 def test_the_order_names_every_file_of_the_core():
     assert sorted(ORDER) == sorted(path.stem for path in CORE.glob("*.py") if not path.stem.startswith("__"))
+
+
+def test_the_page_on_the_architecture_lists_the_core_in_this_order():
+    page = (CORE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = [line.split("`")[1].removesuffix(".py") for line in page.splitlines() if line.startswith("| `")]
+    assert listed == ORDER
 
 
 #: exceptions, inside a function: plugins.py looks at the kinds it checks; the command line calls the tools

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import qcore
-from qcore import ConfigError, RunError, api
+from qcore import ConfigError, RunError, plan
 from qcore import memory as room
 from qcore.memory import Ferry, keeper, parse_bytes, plan_room
 from qcore.run import _halves
@@ -66,7 +66,7 @@ def test_a_file_of_hidden_states_has_no_name_that_could_stay_behind(tmp_path, mo
 def test_where_hidden_states_stay_changes_no_bit(weights_of, monkeypatch, keep):
     plain = weights_of(qcore.quantize(TinyModel(), "gptq", float_targets=0.5, **SETTINGS))
     with monkeypatch.context() as patched:
-        patched.setattr(api, "plan_room", lambda *_: room.Room(2, 0, keep))
+        patched.setattr(plan, "plan_room", lambda *_: room.Room(2, 0, keep))
         moved = weights_of(qcore.quantize(TinyModel(), "gptq", float_targets=0.5, **SETTINGS))
     assert all(plain[name].equal(moved[name]) for name in plain)
 
@@ -182,6 +182,6 @@ def test_where_hidden_states_stay_changes_no_bit_on_a_gpu(weights_of, monkeypatc
     found = []
     for place in ("device", keep):
         with monkeypatch.context() as patched:
-            patched.setattr(api, "plan_room", lambda *_, place=place: room.Room(2, 10**9, place))
+            patched.setattr(plan, "plan_room", lambda *_, place=place: room.Room(2, 10**9, place))
             found.append(weights_of(qcore.quantize(TinyModel().cuda(), "gptq", device="cuda", **SETTINGS)))
     assert all(found[0][name].equal(found[1][name]) for name in found[0])

@@ -56,6 +56,21 @@ def test_a_skeleton_takes_no_memory_and_its_weights_come_and_go(llama_folder):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_sent_ahead_are_those_that_are_brought(llama_folder, late):
+    folder, gpu = ModelFolder(llama_folder), torch.device("cuda")
+    model = skeleton(folder)
+    weights = FolderWeights(model, folder)
+    weights.expect("model.layers.1", gpu)
+    if not late:
+        weights._ahead["model.layers.1"].result()
+    weights.send("model.layers.1", gpu)
+    weights.bring("model.layers.1", gpu, torch.float16)
+    for name, parameter in model.model.layers[1].named_parameters():
+        assert torch.equal(parameter.cpu(), folder.tensor(f"model.layers.1.{name}").half())
+
+
 def test_building_a_skeleton_leaves_the_random_state_alone(llama_folder):
     before = torch.get_rng_state()
     skeleton(ModelFolder(llama_folder))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcore.packing import pack, unpack, words_for
+from qcore.packing import pack, recycling, roomy, unpack, words_for
 
 
 @given(st.data(), st.integers(1, 8), st.integers(1, 200))
@@ -73,3 +73,30 @@ def test_tensors_longer_than_a_piece_and_off_the_grain_of_memory_pack_alike(bits
     codes = torch.full((8, 32 // bits), 2**bits - 1).byte()
     assert torch.equal(unpack(column, bits, 32 // bits), codes)
     assert torch.equal(unpack(column[:1], bits, 32 // bits), codes[:1])
+
+
+def test_memory_is_taken_again_when_the_last_view_of_it_has_gone():
+    with recycling():
+        first = roomy([2**22], torch.uint8)
+        place, view = first.data_ptr(), first.view(torch.int32)[1:]
+        del first
+        second = roomy([2**22], torch.uint8)
+        assert second.data_ptr() != place
+        rows = view.numpy()
+        del view
+        third = roomy([2**20], torch.int32)
+        assert third.data_ptr() not in (place, second.data_ptr())
+        del rows
+        fourth = roomy([2, 2**20 - 8], torch.int16)
+        assert (fourth.data_ptr(), fourth.shape, fourth.dtype) == (place, (2, 2**20 - 8), torch.int16)
+        far_smaller = roomy([2**17 + 2**21], torch.uint8)
+        assert far_smaller.data_ptr() != place
+    kept = fourth.fill_(7)  # what outlives the block keeps its memory
+    assert all(int(roomy([2**22], torch.uint8).fill_(1)[0]) == 1 for _ in range(3))
+    assert bool((kept == 7).all())
+
+
+def test_small_tensors_and_those_of_other_devices_are_plain():
+    with recycling():
+        assert roomy([3, 0], torch.int32).shape == (3, 0)
+        assert roomy([2**22], torch.uint8, torch.device("meta")).device.type == "meta"

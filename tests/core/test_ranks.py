@@ -75,6 +75,7 @@ def alone(folder, tmp_path):
         ("exact", "gptq", {}),
         ("together", "gptq", {"true_sequential": False}),
         ("weighted", "rtn", {"activation_weighting": True}),
+        ("rounded", "autoround", {"batch_size": None, "bs": 2, "iters": 4}),
     ],
 )
 def test_two_processes_write_the_bytes_of_one(folder, alone, same_files, name, algorithm, changes):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import qcore
-from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunError, run
-from qcore.run import Journal
+from qcore import CheckpointError, ConfigError, ModelFolder, PluginError, RunError, blocks, run
+from qcore.journal import Journal
 from qcore.testing import random_weight
 
 TEXT = " ".join(f"The {n} quick brown foxes jump over {n * n} lazy dogs, and then they sleep." for n in range(60))
@@ -114,6 +114,33 @@ def test_a_run_killed_while_the_output_is_written_resumes(
     assert len(blocks_in(output)) == 3
     qcore.quantize(llama_folder, output=output, **SETTINGS)
     same_files(output, uninterrupted)
+
+
+def test_a_run_whose_memory_ran_out_resumes_with_the_batches_it_had(
+    llama_folder, interrupted, tmp_path, same_files, monkeypatch
+):
+    forward, lengths = blocks.Block.forward, []
+
+    def noted(self, hidden, *inputs, **more):
+        lengths.append((self.index, len(hidden)))
+        return forward(self, hidden, *inputs, **more)
+
+    def full(self, hidden, *inputs, **more):
+        if self.index == 1 and len(hidden) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, hidden, *inputs, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blocks.Block, "forward", full)
+        whole = qcore.quantize(llama_folder, output=tmp_path / "whole", batch_size=4, **SETTINGS)
+        interrupted(llama_folder, tmp_path / "out", 1, batch_size=4)
+    monkeypatch.setattr(blocks.Block, "forward", noted)
+    same_files(qcore.quantize(llama_folder, output=tmp_path / "out", batch_size=4, **SETTINGS), whole)
+    assert {length for index, length in lengths if index == 0} == {4}
+    assert {length for index, length in lengths if index > 0} == {1}
+    monkeypatch.undo()
+    interrupted(llama_folder, tmp_path / "other", 1, batch_size=4)
+    assert not (partial_of(tmp_path / "other") / "batches.json").exists()
 
 
 class SecondThoughts(qcore.Algorithm):

@@ -77,6 +77,14 @@ def test_dequantize_follows_g_idx():
     assert torch.equal(weight.dequantize(torch.float16), W.half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_some_rows_at_a_time_give_the_same_bits(monkeypatch, dtype):
+    weight = QuantizedWeight(**GOOD)
+    whole = weight.dequantize(dtype)
+    monkeypatch.setattr("qcore.weight.AT_ONCE", 3 * 40)
+    assert torch.equal(weight.dequantize(dtype), whole)
+
+
 @pytest.mark.parametrize("name", ["codes", "scales", "zeros", "g_idx", "bias"])
 def test_a_difference_is_named_by_its_part(name):
     weight = random_weight(8, 40, CONFIG, act_order=True, bias=True)

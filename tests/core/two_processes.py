@@ -89,6 +89,8 @@ def runs(folder):
     qcore.quantize(model, "gptq", output=folder / "near", **SETTINGS)
     qcore.quantize(model, "rtn", activation_weighting=True, output=folder / "weighted", deterministic=True, **SETTINGS)
     qcore.quantize(model, Means(), output=folder / "unaware", **SETTINGS)
+    rounding = {**SETTINGS, "batch_size": None, "bs": 2, "iters": 4}
+    qcore.quantize(model, "autoround", output=folder / "rounded", deterministic=True, **rounding)
     settings = {"calibration": tiny_tokens(), "adapter": "tiny", "device": "cpu", "plugins": with_tiny_adapter()}
     tiny = qcore.quantize(TinyModel(), "gptq", group_size=32, batch_size=1, deterministic=True, **settings)
     torch.save({n: m.weight_source().codes for n, m in tiny.named_modules() if isinstance(m, qcore.QuantLinear)},

@@ -21,10 +21,11 @@ from qcore.plugins import installed
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Water boils at a temperature of"]
 COUNT = 8
 MARGIN = 0.15  # in log-probability: how far below the likeliest a token may lie that a client chooses
-#: llama.cpp rounds activations to 8 bits, vLLM computes in bfloat16; both tell how likely the six likeliest tokens are. On a file that
-#: llama.cpp's own converter wrote these are 0.08 from float32 in the mean, and the token it chooses is up to 0.22 below the likeliest.
-#: So who tells is judged by the mean, others by the gap
-NOISE = 0.12
+#: those that tell likelihoods are judged by what they make of a float file: llama.cpp of the one that its own converter wrote (it rounds
+#: activations to 8 bits: 0.08 in the mean, and a token 0.22 below the likeliest), vLLM of the same weights multiplied out (float16: 0.008)
+FLOAT = ("llamacpp", "vllm")
+HALF = 0.01  # what float16 alone does to a gap
+NOISE = 1.25  # times the mean on the float file
 #: in logits, whose range is 30: how far what a peer answers may lie from qcore; GPTQModel computes in float16 (qcore itself is 0.14
 #: from its own float32 there), the others in float32
 CLOSE = {"gptqmodel": 0.3, "auto-round": 1e-3, "llmcompressor": 1e-3}
@@ -43,6 +44,8 @@ FOLDERS = {
     "autoround-mixed": ("gptq-mixed", "autoround", {}),
     "gptq-4a": ("awq-4a", "gptq", {}),
     "gptq_v2-4a": ("awq-4a", "gptq_v2", {}),
+    "gptq-4a-ones": ("gptq-4a", "gptq", {}),
+    "gptq-groups": (None, "gptq", {"bits": 4, "overrides": [f"*{part}_proj:group_size=32" for part in "qkv"]}),
     "awq-4s": ("gptq-4s", "awq", {}),
     "autoround-4s": ("gptq-4s", "autoround", {}),
     "autoround-4a": ("awq-4a", "autoround", {}),
@@ -62,7 +65,7 @@ READERS = [
     *(("llamacpp", "llamacpp", "llama.cpp", f"gguf-{kind}") for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
     *(("vllm", "vllm", "vllm", name) for name in (
         "gptq-4s", "awq-4a", "awq-4s", "compressed-tensors-4s", "compressed-tensors-4a", "autoround-4s", "autoround-4a",
-        "gptq-4a", "gptq-8s", "compressed-tensors-8s",
+        "gptq-4a", "gptq-8s", "compressed-tensors-8s", "gptq-groups", "gptq-4s-act-order",
     )),
     *(("llmcompressor", "transformers", "transformers", name) for name in (
         "compressed-tensors-4s", "compressed-tensors-4a", "compressed-tensors-8s", "compressed-tensors-mixed", "hf-dequantized-4s",
@@ -72,6 +75,7 @@ READERS = [
         "gptq-4s", "gptq-3s", "gptq-2a", "gptq-8s", "gptq-4s-act-order", "gptq-mixed", "gptq_v2-4a", "awq-4a",
     )),
     *(("auto-round", "transformers", "transformers", f"autoround-{name}") for name in ("4s", "2a", "4a", "mixed")),
+    *(("auto-round-lib", "transformers", "transformers", f"autoround-{name}") for name in ("4s", "2a", "4a")),
 ]  # fmt: skip
 _GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
 #: name -> (environment and writer, options of its quantizer)
@@ -114,7 +118,10 @@ def folder(name, home):
     target = home / name
     if not target.exists():
         source, format, asked = FOLDERS[name]
-        if source is None:
+        if name.endswith("-ones"):
+            shutil.copytree(folder(source, home), target)
+            ones(target)
+        elif source is None:
             asked = {"algo": "rtn", "group_size": 64, **asked}
             qcore.quantize("demo", asked.pop("algo"), output=target, format=format, **asked)
         else:
@@ -186,26 +193,50 @@ def judged(logits, answer):
     return found
 
 
-def baseline(home):
-    """llama.cpp on the file in the demo model's wheel, which llama.cpp's own converter wrote, against transformers."""
+def baseline(environment, home):
+    """What a client that tells likelihoods makes of a file that quantizing had no part in, by transformers' float32."""
+    if environment == "vllm":
+        made = folder("hf-dequantized-4s", home)
+        reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    else:
+        made, reference = wheels_file(home), AutoModelForCausalLM.from_pretrained(demo(), dtype=torch.float32)
+    asked = prompts()
+    answer, complaints = ask(environment, environment, made, asked)
+    assert answer is not None, complaints
+    found = judged(likelihoods(reference, asked, answer["tokens"]), answer)
+    record = {"kind": "read", "client": environment, "environment": environment, "folder": f"float: {made.name}"}
+    return keep({**record, "outcome": "loads", "version": answer["version"], **found})
+
+
+def wheels_file(home):
+    """A folder with the demo model's own GGUF file, which llama.cpp's converter wrote."""
     from qcore_plugins.sources.gguf_model import demo_file
 
-    made, asked = home / "of-llama.cpp", prompts()
+    made = home / "of-llama.cpp"
     made.mkdir(parents=True, exist_ok=True)
     if not (made / "model.gguf").exists():
         (made / "model.gguf").symlink_to(demo_file())
-    answer, _ = ask("llamacpp", "llamacpp", made, asked)
-    reference = AutoModelForCausalLM.from_pretrained(demo(), dtype=torch.float32)
-    record = {
-        "kind": "read",
-        "client": "llamacpp",
-        "environment": "llamacpp",
-        "folder": "of-llama.cpp",
-        "outcome": "loads",
-    }
-    return keep(
-        {**record, "version": answer["version"], **judged(likelihoods(reference, asked, answer["tokens"]), answer)}
-    )
+    return made
+
+
+def vllm_rules(asked):
+    """What vLLM's own code makes of quantization configs, see vllm_rules.py."""
+    _, out, complaints = environments.run("vllm", "vllm_rules.py", stdin=json.dumps(asked))
+    answers = [line for line in out.splitlines() if line.startswith("RESULT ")]
+    assert answers, complaints
+    found = json.loads(answers[0].removeprefix("RESULT "))
+    assert len(found) == len(asked)
+    return found
+
+
+def ones(made):
+    """Let the zero points of one linear in each block be fields of ones, as a writer leaves them that takes 1 off 0."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(made / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("mlp.up_proj.qzeros")]:
+        tensors[name] = torch.full_like(tensors[name], -1)
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
 
 
 def write(name, home):
@@ -236,7 +267,12 @@ def write(name, home):
 def last_line(text):
     """The last line of what a program complained about, without paths."""
     lines = [line.strip() for line in text.splitlines() if "Error" in line or "not support" in line or "cannot" in line]
-    return (lines or text.strip().splitlines() or ["nothing was said"])[-1].replace(str(environments.HOME), "")[:300]
+    reasons = [
+        line.strip() for line in text.splitlines() if "Value error," in line
+    ]  # pydantic names none in its own last line
+    return (reasons or lines or text.strip().splitlines() or ["nothing was said"])[-1].replace(
+        str(environments.HOME), ""
+    )[:300]
 
 
 def results():

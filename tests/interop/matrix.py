@@ -17,11 +17,11 @@ environment of its own, on a CPU, on the demo model (SmolLM2-135M-Instruct), gro
 
 ## Folders that qcore wrote, read by others
 
-Each client continues three prompts by eight tokens, greedily. Gap: how far, in log-probability, a token it chose lies below the one that
-qcore's reference finds likeliest after the same beginning, at most. Mean: distance of the log-probabilities of its six likeliest tokens from
-qcore's, where the client tells them (llama.cpp rounds activations to 8 bits, and is as far from float32 on the file that its own converter
-wrote; vLLM computes in bfloat16).
-`check` is what `qcore check` said beforehand.
+Each client continues three prompts by eight tokens, greedily, in float16. Gap: how far, in log-probability, a token it chose lies below the one
+that qcore's reference finds likeliest after the same beginning, at most. Mean: distance of the log-probabilities of its six likeliest tokens from
+qcore's, where the client tells them. The rows `float:` are what the same client makes of a file that quantizing had no part in, beside transformers
+in float32: llama.cpp of the demo model's own file, which its converter wrote (it rounds activations to 8 bits), vLLM of a float16 checkpoint. The tests
+hold the other rows to these. `check` is what `qcore check` said beforehand.
 
 | client | environment | folder | check | outcome | gap | mean |
 |---|---|---|---|---|---|---|
@@ -49,9 +49,9 @@ def number(record, key):
 
 def main():
     found = cases.results()
-    places = {case[0::3]: place for place, case in enumerate((e, c, t, n) for e, c, t, n in cases.READERS)}
+    places = {(e, c, n): place for place, (e, c, _, n) in enumerate(cases.READERS)}
     read = [record for record in found if record["kind"] == "read"]
-    read.sort(key=lambda each: places.get((each["environment"], each["folder"]), -1))
+    read.sort(key=lambda each: places.get((each["environment"], each["client"], each["folder"]), -1))
     text = HEAD
     for each in read:
         client = f"{each['client']} {each.get('version', '')}".strip()
@@ -78,9 +78,8 @@ def main():
             difference,
         )
         text += f"| {' | '.join(cells)} |\n"
-    missing = [
-        f"{e}: {n}" for e, _, _, n in cases.READERS if (e, n) not in {(r["environment"], r["folder"]) for r in read}
-    ]
+    run = {(each["environment"], each["client"], each["folder"]) for each in read}
+    missing = [f"{e}, {c}: {n}" for e, c, _, n in cases.READERS if (e, c, n) not in run]
     missing += [name for name in cases.WRITERS if name not in {r.get("writer") for r in found}]
     if missing:
         text += "\nNot run here: " + ", ".join(missing) + ".\n"

@@ -125,6 +125,7 @@ def test_load_tells_reading_from_loading(quantized):
     found = json.loads(run("load", quantized, "--json"))
     assert found["bytes"] == sum(file.stat().st_size for file in quantized.glob("*.safetensors"))
     assert 0 < found["read_seconds"] < found["load_seconds"]
+    assert min(found["first_load_seconds"], found["first_token_seconds"]) > 0
     assert "read in" in run("load", quantized)
 
 

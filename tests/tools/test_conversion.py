@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import qcore
 from qcore import CheckpointError, Content, Exporter, LayerSpec, QuantConfig, cli
-from qcore.api import open_content
+from qcore.content import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight
 from qcore.tools import conversion

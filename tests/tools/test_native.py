@@ -60,7 +60,7 @@ def test_what_transformers_opened_can_be_saved_in_any_format(as_before, gptq, tm
     model = AutoModelForCausalLM.from_pretrained(gptq)
     saved = qcore.save(model, tmp_path / "saved", "awq")
     direct = qcore.convert(gptq, tmp_path / "direct", "awq")
-    found, expected = (qcore.api.open_content(each)[1] for each in (saved, direct))
+    found, expected = (qcore.content.open_content(each)[1] for each in (saved, direct))
     assert all(expected.weight(name).equal(found.weight(name)) for name in expected.layers)
     assert set(found.tensors) == set(expected.tensors)
 

@@ -1,6 +1,5 @@
 """What a user of AutoRound may rely on: each option does what it says, whatever the recipe."""
 
-import contextlib
 import math
 import os
 import socket
@@ -12,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qcore_plugins.algorithms import autoround
-from qcore_plugins.algorithms.autoround import Rounding, Start, covering_start, gptq_start
+from qcore_plugins.algorithms import autoround, autoround_device
+from qcore_plugins.algorithms.autoround import Rounding
+from qcore_plugins.algorithms.autoround_start import Start, covering_start, gptq_start, searched_start
 from qcore_plugins.algorithms.gptq import Gptq, solve
 from torch import nn
 
@@ -175,7 +175,7 @@ def test_a_weighted_start_fits_strong_columns_better():
     config = QuantConfig(bits=2, group_size=64)
     off = [
         (Rounding(start, config).weight(torch.float32) - W)[:, :8].norm()
-        for start in (autoround.searched_start(W, config, importance), autoround.searched_start(W, config, None))
+        for start in (searched_start(W, config, importance), searched_start(W, config, None))
     ]
     assert float(off[0]) < 0.8 * float(off[1])
 
@@ -356,7 +356,7 @@ def test_every_batch_is_used_before_any_is_used_again():
 def test_a_gpu_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
     settings = {"iters": 10, "checks": 0}
     plain = weights_of(quantize(**settings, amp=False))
-    monkeypatch.setattr(autoround, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(autoround_device, "has_bfloat16", lambda device: True)
     with_amp, without = weights_of(quantize(**settings)), weights_of(quantize(**settings, amp=False))
     assert not any(with_amp[name].equal(plain[name]) for name in plain)
     assert all(without[name].equal(plain[name]) for name in plain)
@@ -364,10 +364,10 @@ def test_a_gpu_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
 
 def test_without_amp_a_half_model_is_tuned_in_float32():
     block = TinyBlock(8, 8).half()
-    with autoround.full_precision(block):
+    with autoround_device.full_precision(block):
         assert {p.dtype for p in block.parameters()} == {torch.float32}
     assert {p.dtype for p in block.parameters()} == {torch.float16}
-    mixed = autoround.cast(
+    mixed = autoround_device.cast(
         {"a": (torch.ones(1, dtype=torch.float16), torch.ones(1, dtype=torch.int64)), "b": None}, torch.float32
     )
     assert [x.dtype for x in mixed["a"]] == [torch.float32, torch.int64]
@@ -421,7 +421,7 @@ def test_compile_is_asked_for_by_option(monkeypatch):
     quantize(TinyModel(depth=1), iters=2)
     assert not any(seen)
     quantize(TinyModel(depth=1), iters=2, compile=True, checks=0)
-    assert sum(seen) == 2, "the steps, not what is looked at once"
+    assert sum(seen) == 3, "the rehearsal and the steps, not what is looked at once"
 
 
 def test_equal_blocks_are_compiled_once_and_whole(monkeypatch):
@@ -527,6 +527,27 @@ def test_a_dataloader_of_something_else_is_refused(batches, message):
         quantize(calibration=iter(batches))
 
 
+def test_a_dataloader_that_runs_dry_part_way_is_used_as_far_as_it_went_and_said_so(weights_of):
+    rows = tiny_tokens(16)
+    model = quantize(iters=4, calibration=(torch.stack(rows[i : i + 4]) for i in (0, 4)), samples=16)
+    assert qcore.report(model)["calibration"]["sources"][0]["short"] == "asked for 16 samples, it ended after 8"
+    plain = weights_of(quantize(iters=4, calibration=rows[:8], samples=8))
+    assert all(weight.equal(plain[name]) for name, weight in weights_of(model).items())
+
+
+def test_a_dataloader_that_runs_dry_before_one_step_is_refused():
+    with pytest.raises(CalibrationError, match=r"bs=4 sequences, the calibration has 2.*Give more samples"):
+        quantize(calibration=(row[None] for row in tiny_tokens(2)), samples=16)
+
+
+def test_a_dataloader_whose_shapes_change_part_way_is_refused():
+    batches = [torch.stack(tiny_tokens(4)), torch.zeros(2, 3, 8, dtype=torch.int64)]
+    with pytest.raises(
+        CalibrationError, match=r"sequence 4: expected integers \[length\].*found torch.int64 \[2, 3, 8\]"
+    ):
+        quantize(calibration=iter(batches))
+
+
 def test_overrides_that_name_no_linear_are_refused():
     with pytest.raises(ConfigError, match=r"blocks\.0\.lefft"):
         quantize(overrides=["blocks.0.lefft:bits=8"])
@@ -571,7 +592,7 @@ def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so():
     assert "note" not in layers_of(quantize(iters=2))["blocks.0.left"]
 
 
-# ---- gradients in 8 bits ---------------------------------------------------------------------------------------------
+# ---- rough gradients -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -581,7 +602,7 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
     x, grad = torch.randn(2, 64, 64).to(dtype).requires_grad_(), torch.randn(2, 64, 48).to(dtype)
     wanted = [x, model[0].weight, model[2].weight]
     exact = torch.autograd.grad(model(x), wanted, grad)
-    with autoround.gradients_in_8_bits([model[0], model[2]]):
+    with autoround_device.rough_gradients([model[0], model[2]]):
         output = model(x)
         rounded = torch.autograd.grad(output, wanted, grad)
     assert [type(each) for each in model] == [nn.Linear, nn.SiLU, nn.Linear]
@@ -593,24 +614,55 @@ def test_gradients_in_8_bits_have_nearly_all_signs_right_and_what_flows_on_is_ex
         assert float((ours - theirs).float().norm() / theirs.float().norm()) < 0.1
 
 
-def test_float8_chooses_the_linears_that_fit(monkeypatch, tunings):
-    monkeypatch.setattr(autoround, "has_float8", lambda device: True)
-    monkeypatch.setattr(autoround, "fits_float8", lambda module, tokens: module.weight.shape == (96, 64))
-    monkeypatch.setattr(autoround, "precision", lambda block, amp: (torch.bfloat16, contextlib.nullcontext()))
-    monkeypatch.setattr(autoround.Tuning, "run", lambda self: (autoround.Outcome(0, 0, 0), self._frozen()))
-    for float8, chosen in ((None, 2), (True, 2), (False, 0)):
-        quantize(TinyModel(depth=1), iters=1, float8=float8)
-        assert len(tunings[-1].in_8_bits) == chosen
+def test_products_with_gradients_in_8_bits_are_compiled_in_one_piece():
+    model = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).half()
+    x, weights = torch.randn(16, 32).half(), list(model.parameters())
+    with autoround_device.rough_gradients([model[0], model[2]]):
+        plain = torch.autograd.grad(model(x).sum(), weights)
+        compiled = torch.compile(lambda x: model(x).sum(), backend="aot_eager", fullgraph=True)
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(x), weights), plain, strict=True))
 
 
-def test_float8_fits_plain_half_linears_of_sides_that_divide():
-    assert autoround.fits_float8(nn.Linear(32, 48).half(), 64)
-    for module, tokens in ((nn.Linear(32, 48), 64), (nn.Linear(30, 48).half(), 64), (nn.Linear(32, 48).half(), 60)):
-        assert not autoround.fits_float8(module, tokens)
+def test_rough_gradients_of_float32_have_nearly_all_signs_right():
+    torch.manual_seed(0)
+    layer, x, grad = nn.Linear(64, 32), torch.randn(2, 64, 64, requires_grad=True), torch.randn(2, 64, 32)
+    exact = torch.autograd.grad(layer(x), [x, layer.weight], grad)
+    with autoround_device.rough_gradients([layer]):
+        rough = torch.autograd.grad(layer(x), [x, layer.weight], grad)
+    assert torch.equal(rough[0], exact[0])
+    assert not torch.equal(rough[1], exact[1])
+    assert float((rough[1].sign() != exact[1].sign()).float().mean()) < 0.01
 
 
-def test_float8_asked_for_where_there_is_none_is_said_so():
-    assert "does not multiply 8-bit floats" in layers_of(quantize(iters=2, float8=True))["blocks.0.left"]["note"]
+@pytest.mark.parametrize("kind", ["bfloat16", None])
+def test_rough_gradients_are_taken_where_the_device_can(monkeypatch, tunings, weights_of, kind):
+    monkeypatch.setattr(autoround_device, "rough_type", lambda device: kind)
+    found = {}
+    for rough in (None, True, False):
+        model = quantize(TinyModel(depth=1), iters=10, checks=0, rough_gradients=rough)
+        assert len(tunings[-1].rough) == (6 if kind and rough is not False else 0)
+        assert qcore.report(model)["facts"]["rough_gradients"] == (None if rough is False else kind)
+        note = layers_of(model)["blocks.0.left"].get("note", "")
+        assert ("multiplies nothing shorter faster" in note) == (kind is None and rough is True)
+        found[rough] = weights_of(model)
+    assert all(found[None][name].equal(found[True][name]) for name in found[None])
+    assert all(found[None][name].equal(found[False][name]) for name in found[None]) == (kind is None)
+
+
+def test_only_plain_linears_that_fit_have_rough_gradients(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(autoround_device, "rough_type", lambda device: "float8")
+    half, single = torch.float16, torch.float32
+    assert autoround_device.can_be_rough(nn.Linear(32, 48), half, 64, gpu)
+    assert autoround_device.can_be_rough(nn.Linear(30, 7), single, 5, cpu)
+    for module, dtype, tokens, device in (
+        (nn.Linear(32, 48), single, 64, gpu),
+        (nn.Linear(30, 48), half, 64, gpu),
+        (nn.Linear(32, 48), half, 60, gpu),
+        (nn.Linear(32, 48), half, 64, cpu),
+        (nn.Conv2d(16, 16, 1), single, 64, cpu),
+    ):
+        assert not autoround_device.can_be_rough(module, dtype, tokens, device)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

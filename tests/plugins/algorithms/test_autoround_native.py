@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qcore_plugins.algorithms import autoround, autoround_native, gptq_native
+from qcore_plugins.algorithms import autoround, autoround_native, autoround_start, gptq_native
 
 from qcore import BackendError, QuantConfig
 
@@ -14,7 +14,7 @@ needs_library = pytest.mark.skipif(
 def made(bits: int, sym: bool, group_size: int, columns: int) -> tuple[autoround.Rounding, autoround.Rounding]:
     """Return the same parameters twice, some of the weights clipped."""
     config = QuantConfig(bits=bits, sym=sym, group_size=group_size)
-    start = autoround.covering_start(torch.randn(40, columns, generator=torch.Generator().manual_seed(0)), config)
+    start = autoround_start.covering_start(torch.randn(40, columns, generator=torch.Generator().manual_seed(0)), config)
     start.scales, start.zeros = (x.t().contiguous().t() for x in (start.scales, start.zeros))  # as GPTQ leaves them
     pair = []
     for _ in range(2):

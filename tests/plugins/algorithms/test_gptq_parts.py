@@ -63,7 +63,9 @@ def test_panels_cover_all_columns_and_never_cut_a_group_that_begins_inside(size,
 
 
 @pytest.mark.parametrize("columns", [1, 7, 256, 300, 2100])
-def test_the_error_is_that_of_the_outputs(columns):
+@pytest.mark.parametrize("rows_at_once", [4, 100])
+def test_the_error_is_that_of_the_outputs(monkeypatch, columns, rows_at_once):
+    monkeypatch.setattr(gptq, "AT_ONCE", rows_at_once * columns)
     generator = torch.Generator().manual_seed(0)
     X, W = torch.randn(40, columns, generator=generator), torch.randn(9, columns, generator=generator)
     Q = W + 0.1 * torch.randn(9, columns, generator=generator)
@@ -82,3 +84,18 @@ def test_a_hessian_from_tensor_cores_is_right_to_a_ten_thousandth(dtype):
     exact = X.double().t() @ X.double() / len(X)
     for found in (H, C):
         assert float((found.double() - exact).norm() / exact.norm()) < 3e-4
+
+
+@pytest.mark.gpu
+def test_a_hessian_on_the_host_gives_the_same_factor_in_the_memory_of_one_copy():
+    X = torch.randn(20000, 9000, device="cuda")
+    H, perm = X.t() @ X / len(X), torch.randperm(9000, device="cuda")
+    del X
+    expected, good = gptq.try_factor(H, perm, 0.1, 0.1)
+    assert bool(good)
+    H = H.cpu().pin_memory()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    U, good = gptq.try_factor(H, perm, 0.1, 0.1)
+    assert torch.equal(U, expected)
+    assert torch.cuda.max_memory_allocated() - before < 1.6 * H.numel() * H.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcore_plugins import cpu_library
 from qcore_plugins.backends import cpu
+from qcore_plugins.backends.columns import packed_group_size
 
 import qcore
 from qcore import BackendError, MatmulSpec, QuantConfig, QuantizedWeight, grid
@@ -17,7 +19,8 @@ from qcore.plugins import installed
 from qcore.testing import check_backend, random_weight
 
 BACKEND = cpu.CpuBackend()
-LEVELS = ("best", "portable", "avx2", "avx512", "avx512_bf16")  # as the C ABI numbers them
+LIBRARY = cpu_library.load() if cpu_library.unavailable() is None else None
+LEVELS = cpu_library.LEVELS[1 : LIBRARY.qc_matmul_level() + 1] if LIBRARY else ()  # that this machine has
 DTYPES = tuple(cpu.DTYPES)
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"{cpu_library.unavailable()}")
@@ -31,6 +34,19 @@ def spec_for(weight, dtype=torch.float32):
 def product(weight, x):
     spec = spec_for(weight, x.dtype)
     return BACKEND.matmul(x, BACKEND.prepare(weight, spec), spec)
+
+
+def through_python(weight, x):
+    """The same kernel by the way that serves where torch cannot call it itself."""
+    return cpu._matmul(x, *arguments(BACKEND.prepare(weight, spec_for(weight, x.dtype)), weight))
+
+
+def arguments(buffers, weight):
+    """Those of the op after x."""
+    config = weight.config
+    group_size = packed_group_size(config.group_size, weight.in_features)
+    numbers = (config.bits, group_size, not config.sym, weight.in_features, weight.out_features)
+    return *(buffers[name] for name in ("packed", "meta", "perm")), *numbers
 
 
 def any_weight(out, columns, config, order, scale_dtype=torch.float16):
@@ -59,12 +75,20 @@ def assert_within_bound(weight, x, y):
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 
-@pytest.fixture(
-    params=[level for level in range(1, 5) if level <= cpu_library.load().qc_matmul_level()], ids=LEVELS.__getitem__
-)
-def level(request, monkeypatch):
+@contextlib.contextmanager
+def limited_to(level):
+    cpu_library.limit_level(LIBRARY, level)
+    try:
+        yield
+    finally:
+        cpu_library.limit_level(LIBRARY, "best")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
     """Each instruction set that this machine has."""
-    monkeypatch.setattr(cpu, "BEST", request.param)
+    with limited_to(request.param):
+        yield request.param
 
 
 # ---- the kernels ---------------------------------------------------------------------------------------------------
@@ -97,10 +121,10 @@ def test_any_layer_and_input_is_within_the_stated_bound(data):
         "transposed": lambda: torch.randn(columns, m).t(),
         "overlapping": lambda: torch.randn(columns).expand(m, columns),
     }[way]().to(dtype)
-    level = data.draw(st.integers(1, cpu_library.load().qc_matmul_level()), "level")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "BEST", level)
-        assert_within_bound(weight, x, product(weight, x))
+    with limited_to(data.draw(st.sampled_from(LEVELS), "level")):
+        y = product(weight, x)
+        assert_within_bound(weight, x, y)
+        assert torch.equal(y, through_python(weight, x))
 
 
 def test_one_output_and_no_tokens(level):
@@ -161,6 +185,7 @@ def test_threads_do_not_change_a_bit(level, monkeypatch):
                 monkeypatch.setattr(cpu_library, "openmp", lambda runtime=runtime: runtime)
                 for threads in (1, 2, 3, 7):
                     torch.set_num_threads(threads)
+                    found.append(through_python(weight, x))
                     found.append(product(weight, x))
             assert all(torch.equal(each, found[0]) for each in found)
     finally:
@@ -197,6 +222,27 @@ def test_scales_that_float16_cannot_hold_stay_float32():
     assert torch.equal(buffers["meta"].flatten().sort().values, weight.scales.flatten().sort().values)
 
 
+def test_an_instruction_set_can_be_asked_for(monkeypatch):
+    weight, x = random_weight(40, 320, QuantConfig(bits=4, group_size=64)), torch.randn(1, 320)
+    with limited_to("portable"):
+        plain = product(weight, x)
+    cpu_library.load.cache_clear()
+    monkeypatch.setenv("QCORE_CPU_LEVEL", "portable")
+    assert cpu_library.load().qc_matmul_level() == 1
+    assert torch.equal(product(weight, x), plain)
+    for name, words in (("avx1024", "expected one of best, portable, avx2"), ("avx512_bf16", "its best is")):
+        monkeypatch.setenv("QCORE_CPU_LEVEL", name)
+        cpu_library.load.cache_clear()
+        if name in LEVELS:
+            assert cpu_library.load().qc_matmul_level() == 4
+        else:
+            with pytest.raises(BackendError, match=words):
+                cpu_library.load()
+    monkeypatch.delenv("QCORE_CPU_LEVEL")
+    cpu_library.limit_level(LIBRARY, "best")
+    cpu_library.load.cache_clear()
+
+
 # ---- as a torch op -------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +252,10 @@ def test_the_op_passes_torchs_own_checks(act_order):
     b = BACKEND.prepare(weight, spec_for(weight))
     x = torch.randn(3, 96, requires_grad=True)
     torch.library.opcheck(torch.ops.qcore.cpu_matmul, (x, b["packed"], b["meta"], b["perm"], 4, 64, True, 96, 8))
+    y = torch.ops.qcore.cpu_matmul(x, b["packed"], b["meta"], b["perm"], 4, 64, True, 96, 8)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    W = weight.dequantize()
+    torch.testing.assert_close(found, 2 * (x @ W.t()) @ W, rtol=1e-4, atol=1e-4)
 
 
 def test_it_compiles_whole_with_inductor():
@@ -217,6 +267,45 @@ def test_it_compiles_whole_with_inductor():
     for m in (1, 3, 40):
         x = torch.randn(m, 64)
         assert torch.allclose(compiled(x), torch.relu(x) @ weight.dequantize().t() + 1, atol=1e-5)
+
+
+@pytest.mark.skipif(cpu_library.register() is not None, reason=f"{cpu_library.register()}")
+def test_torch_calls_the_kernel_itself_and_is_refused_what_does_not_fit(monkeypatch):
+    weight, op = random_weight(24, 64, QuantConfig(bits=4, group_size=32)), torch.ops.qcore.cpu_matmul
+    op_out = torch.ops.qcore.cpu_matmul_out
+    b, x = BACKEND.prepare(weight, spec_for(weight)), torch.randn(2, 64)
+    monkeypatch.setattr(cpu_library.CPU.__class__, "call", None)  # what the binding in Python goes through
+    given = arguments(b, weight)
+    y = op(x, *given)
+    assert torch.allclose(y, x @ weight.dequantize().t(), atol=1e-5)
+    for out in (torch.empty(2, 24), torch.empty(2, 1, 24)[:, 0]):
+        assert op_out(x, *given, out=out) is out
+        assert torch.equal(out, y)
+    for changed, words in (
+        ((torch.randn(2, 64).double(), *given), "expected x of float32"),
+        ((torch.randn(2, 65), *given), "expected x of shape"),
+        ((torch.tensor(1.0), *given), "expected x of shape"),
+        ((x, b["packed"][:-1], *given[1:]), "do not have the sizes of such a layer"),
+        ((x, b["packed"], b["meta"].double(), *given[2:]), "meta float32 or float16"),
+        ((x, torch.empty(2 * b["packed"].numel(), dtype=torch.uint8)[::2], *given[1:]), "must be contiguous"),
+        ((x, torch.cat([b["packed"][:1], b["packed"]])[1:], *given[1:]), "argument is out of range"),
+        ((x, *given[:3], 9, *given[4:]), "argument is out of range"),
+        ((x, *given[:4], 0, *given[5:]), "argument is out of range"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*changed)
+        with pytest.raises(RuntimeError, match=words):
+            op_out(*changed, out=torch.empty(2, 24))
+    for out in (torch.empty(2, 25), torch.empty(2, 48)[:, ::2], torch.empty(2, 24).double()):
+        with pytest.raises(RuntimeError, match="expected a contiguous out"):
+            op_out(x, *given, out=out)
+
+
+def test_a_layer_says_what_is_wrong_with_its_input():
+    weight = random_weight(24, 64, QuantConfig(bits=4, group_size=32))
+    for x in (torch.randn(2, 64).double(), torch.randn(2, 65), torch.tensor(1.0)):
+        with pytest.raises(BackendError, match=r"expected float32, bfloat16 or float16 \[\.\.\., 64\]"):
+            product(weight, x)
 
 
 def test_in_autocast_x_takes_autocasts_dtype():
@@ -333,6 +422,56 @@ def test_without_a_library_the_reference_serves_and_the_reason_is_told(monkeypat
     assert qcore.backend.choose(backends, spec).name == "torch_reference"
     with pytest.raises(BackendError, match="cpu: the CPU kernels are not built; run `qcore build-kernels`"):
         qcore.backend.choose(backends, spec, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_auto_never_walks_into_torchs_own_int4_product(dtype, m, monkeypatch):
+    """It takes tens of milliseconds on float32 and is slower than floats from 16 tokens on; here it does not run at all."""
+
+    def refused(*given):
+        raise AssertionError("torch's int4 product was called")
+
+    for name in ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
+        monkeypatch.setattr(torch, name, refused)
+    weight = random_weight(64, 128, QuantConfig(bits=4, group_size=32))
+    backends = list(installed().usable("backend").values())
+    (linear,) = qcore.linear.quant_linears([weight], [lambda: weight], backends, torch.device("cpu"), dtype, tokens=m)
+    with torch.profiler.profile() as profile:
+        y = linear(torch.randn(m, 128).to(dtype))
+    assert y.shape == (m, 64)
+    assert not [event.name for event in profile.events() if "int4" in event.name]
+
+
+# ---- weights that are not quantized --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_float_weight_is_multiplied_from_the_16_bits_that_hold_it(stored, dtype, level):
+    for n, k in ((70, 100), (16, 32), (1, 33)):
+        weight = torch.randn(n, k).to(stored).to(dtype)
+        product = BACKEND.float_product(weight)
+        for m in (1, 2, 3, 4, 9):
+            x = torch.randn(m, k).to(dtype)
+            expected = x.double() @ weight.double().t()
+            terms = x.double().abs() @ weight.double().abs().t()
+            rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+            y = product(x)
+            assert y.dtype == dtype
+            assert bool(
+                (
+                    (y.double() - expected).abs()
+                    <= (k + 8) * 2.0**-24 * terms + rounding * expected.abs() * 1.001 + 1e-7
+                ).all()
+            )
+
+
+def test_a_float_weight_that_16_bits_do_not_hold_is_left_to_torch():
+    assert BACKEND.float_product(torch.randn(16, 32)) is None
+    assert BACKEND.float_product(torch.randn(16, 32).double()) is None
+    assert BACKEND.float_product(torch.empty(16, 32, device="meta")) is None
+    assert BACKEND.float_product(torch.full((16, 32), torch.inf)) is not None
 
 
 def test_the_threads_are_those_of_torchs_openmp_where_there_is_one():

@@ -70,7 +70,7 @@ def quantization_config(folder):
 def open_all(folder):
     """Open a folder and decode every weight; only qcore's own errors may come of it. Returns whether it went through."""
     try:
-        _, found = qcore.api.open_content(folder)
+        _, found = qcore.content.open_content(folder)
         for name in found.layers:
             found.weight(name)
         for name in found.tensors:
@@ -138,7 +138,7 @@ def test_awq_of_old_is_read_from_its_side_file(tmp_path):
     (folder / "config.json").write_text('{"model_type": "llama"}')
     side = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM", "modules_to_not_convert": None}
     (folder / "quant_config.json").write_text(json.dumps(side))
-    exporter, content_ = qcore.api.open_content(folder)
+    exporter, content_ = qcore.content.open_content(folder)
     assert exporter is AWQ
     assert content_.weight(LAYER).equal(weight)
 
@@ -268,7 +268,7 @@ def test_itrex_is_packed_as_auto_round_did_with_zero_stored_as_ones(tmp_path, bi
     assert np.array_equal(found[f"{LAYER}.qweight"].numpy(), itrex_words(weight.codes, bits).T)
     assert np.array_equal(found[f"{LAYER}.qzeros"].numpy(), itrex_words(weight.zeros.t() - 1, bits))
     assert torch.equal(found[f"{LAYER}.scales"], weight.scales.t())
-    exporter, again = qcore.api.open_content(folder)
+    exporter, again = qcore.content.open_content(folder)
     assert exporter is ITREX
     assert again.weight(LAYER).equal(weight)
 
@@ -283,7 +283,7 @@ def test_itrex_of_auto_round_0_1_is_read_with_its_biases_of_zeros(tmp_path, scal
         "use_quant_input": True, "damp_percent": 0.01, "desc_act": False, "true_sequential": False,
     }  # fmt: skip
     change(folder, lambda t: t.update({f"{LAYER}.bias": torch.zeros(32)}), lambda c: (c.clear(), c.update(written)))
-    exporter, again = qcore.api.open_content(folder)
+    exporter, again = qcore.content.open_content(folder)
     assert exporter is ITREX
     read = again.weight(LAYER)
     assert torch.equal(read.dequantize(), weight.dequantize())
@@ -491,7 +491,7 @@ def test_dequantized_folders_are_opened_by_transformers_with_equal_logits(tmp_pa
         source
     )
     quantized = qcore.quantize(source, "rtn", group_size=32, output=tmp_path / "gptq")
-    _, found = qcore.api.open_content(quantized)
+    _, found = qcore.content.open_content(quantized)
     target = tmp_path / "dense"
     target.mkdir()
     DENSE.save(found, target)
@@ -527,7 +527,7 @@ def test_a_format_with_a_signed_manifest_round_trips_and_refuses_what_was_not_si
     assert check_exporter(exporter, tmp_path / "check") > 0
     weight = random_weight(32, 64, QuantConfig(bits=8, group_size=-1), bias=True)
     folder = save(exporter, {LAYER: weight}, tmp_path / "out")
-    found, content_ = qcore.api.open_content(folder, plugins)
+    found, content_ = qcore.content.open_content(folder, plugins)
     assert found is exporter
     assert content_.weight(LAYER).equal(weight)
     monkeypatch.setenv("ACME_KEY", "another")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qcore import Content, LayerSpec, ModelFolder, QcoreError, QuantConfig
-from qcore.api import open_content
+from qcore.content import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcore
 from qcore import CheckpointError, Content, LayerSpec, QuantConfig, QuantizedWeight
-from qcore.api import open_content
+from qcore.content import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight, tiny_transformer
 

@@ -6,11 +6,11 @@ from zoo import ALGORITHMS, DENSE, REMOTE, SPARSE, UNDECLARED, ZOO, build, fresh
 
 import qcore
 from qcore import Algorithm, QuantLinear
+from qcore.discovery import find_adapter
 from qcore.experts import Experts, unfuse
 from qcore.linear import set_weight, weight_of
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
-from qcore.run import find_adapter
 from qcore.testing import check_adapter
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ from zoo import ALGORITHMS, REMOTE, write_repository
 import qcore
 from qcore import Algorithm, ModelError, QuantLinear
 from qcore.checkpoint import ModelFolder
+from qcore.discovery import find_adapter
 from qcore.model import ModuleWeights, load_float
 from qcore.plugins import installed
-from qcore.run import find_adapter
 from qcore.testing import check_adapter
 
 CPU = torch.device("cpu")

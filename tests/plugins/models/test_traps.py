@@ -14,10 +14,10 @@ from qcore import ModelAdapter, ModelError
 from qcore import blocks as walk
 from qcore.adapter import _merge
 from qcore.checkpoint import ModelFolder
+from qcore.discovery import check_causal, find_adapter
 from qcore.experts import Experts, is_fused, unfuse
 from qcore.model import ModuleWeights
 from qcore.plugins import installed
-from qcore.run import find_adapter
 from qcore.testing import TinyBlock, TinyModel, check_adapter, tiny_tokens, with_tiny_adapter
 
 SETTINGS = {"group_size": 32, "seqlen": 32}
@@ -157,9 +157,9 @@ def test_a_block_of_several_streams_a_token_is_no_cause_to_call_a_model_not_caus
             return x + x.mean(2, keepdim=True) + (x.flip(1) if self.looks_ahead else 0)
 
     hidden = torch.randn(1, 6, 4, 8, generator=torch.Generator().manual_seed(0))
-    walk.check_causal(Streams(False), hidden, {}, "Model")
+    check_causal(Streams(False), hidden, {}, "Model")
     with pytest.raises(ModelError, match="Model is no causal language model"):
-        walk.check_causal(Streams(True), hidden, {}, "Model")
+        check_causal(Streams(True), hidden, {}, "Model")
 
 
 class Upset(TinyBlock):

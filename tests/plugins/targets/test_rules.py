@@ -9,6 +9,9 @@ SHAPES = {
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (4096, 11008), "mlp.up_proj": (4096, 11008), "mlp.down_proj": (11008, 4096),
 }  # fmt: skip
 
+BASE = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+QKV = {f"self_attn.{part}_proj": {"bits": 8} for part in "qkv"}
+
 
 def subject(format="gptq", changed=None, act_order=False, config=None, options=None, **grid):
     """A Llama of one block; `changed` maps a linear to another grid, or to None for float."""
@@ -33,12 +36,24 @@ def outcome(target, of):
     ("target", "of", "expected"),
     [
         ("vllm", subject(), {("kernel", "Marlin")}),
-        ("vllm", subject(sym=False), {("kernel", "its GPTQ kernel (exllama)"), ("warns", "kernel")}),
+        ("vllm", subject(sym=False), {("refuses", "width")}),
+        ("vllm", subject("gptq_v2", sym=False), {("refuses", "width")}),
+        ("vllm", subject(bits=3), {("refuses", "width")}),
+        ("vllm", subject(group_size=16), {("refuses", "group size")}),
+        ("vllm", subject("awq", sym=False, group_size=16), {("kernel", "its own kernel"), ("warns", "kernel")}),
+        ("vllm", subject("compressed-tensors", sym=False), {("kernel", "Marlin")}),
+        ("vllm", subject("compressed-tensors", sym=False, bits=8), {("refuses", "width")}),
+        ("vllm", subject(act_order=True), {("refuses", "act-order")}),
+        ("vllm", subject(config={"quantization_config": {**BASE, "desc_act": True}}), {("refuses", "act-order")}),
+        ("vllm", subject(group_size=-1, config={"quantization_config": {**BASE, "group_size": -1, "desc_act": True}}), {("kernel", "Marlin")}),
+        ("vllm", subject(config={"quantization_config": BASE}, changed=QKV), {("refuses", "fused shards")}),
+        ("vllm", subject(config={"quantization_config": {**BASE, "dynamic": {"+:.*qkv_proj": {"bits": 8}}}}, changed=QKV), {("kernel", "Marlin")}),
+        ("vllm", subject("compressed-tensors", changed=QKV), {("kernel", "Marlin")}),
         ("vllm", subject("awq", sym=False), {("kernel", "Marlin")}),
         ("vllm", subject("compressed-tensors", bits=8), {("kernel", "Marlin")}),
         ("vllm", subject("compressed-tensors", bits=3), {("refuses", "width")}),
         ("vllm", subject("gguf"), {("refuses", "format")}),
-        ("vllm", subject("autoround", bits=2, sym=False), {("refuses", "packing")}),
+        ("vllm", subject("autoround", bits=2, sym=False), {("refuses", "packing"), ("refuses", "width")}),
         ("vllm", subject("autoround", sym=False), {("kernel", "Marlin")}),
         ("vllm", subject(sym=False, options={"device": "cpu"}), {("refuses", "width")}),
         ("vllm", subject(bits=8, options={"device": "cpu"}), {("refuses", "width")}),
@@ -50,8 +65,8 @@ def outcome(target, of):
         ("vllm", subject(options={"tensor_parallel": 4}), {("refuses", "tensor parallel")}),  # 11008 / 4 = 21.5 groups
         ("vllm", subject(options={"tensor_parallel": 4}, group_size=32), {("kernel", "Marlin")}),
         ("vllm", subject(options={"tensor_parallel": 3}), {("refuses", "tensor parallel")}),
-        ("vllm", subject(act_order=True, options={"tensor_parallel": 2}), {("warns", "act-order"), ("kernel", "Marlin")}),
-        ("vllm", subject("hf-dequantized"), set()),
+        ("vllm", subject("hf-dequantized", changed={"mlp.up_proj": {"bits": 8}}), set()),
+        ("sglang", subject(act_order=True, options={"tensor_parallel": 2}), {("warns", "act-order")}),
         ("sglang", subject(), set()),
         ("sglang", subject("autoround", config={"quantization_config": {"packing_format": "auto_round"}}), {("refuses", "packing")}),
         ("sglang", subject(changed={"mlp.up_proj": {"group_size": 64}}), {("refuses", "fused shards")}),
@@ -60,7 +75,10 @@ def outcome(target, of):
         ("transformers", subject("marlin"), {("refuses", "format")}),
         ("llama.cpp", subject("gguf"), {("kernel", "blocks")}),
         ("llama.cpp", subject("gptq"), {("refuses", "format")}),
-        ("gptqmodel", subject("gptq_v2"), set()),
+        ("gptqmodel", subject("gptq_v2", sym=False), set()),
+        ("gptqmodel", subject("gptq"), set()),
+        ("gptqmodel", subject("gptq", sym=False), {("refuses", "asymmetric v1")}),
+        ("gptqmodel", subject("gptq", sym=False, config={"quantization_config": {"meta": {"quantizer": ["gptqmodel:7.6.0"]}}}), set()),
         ("gptqmodel", subject("compressed-tensors"), {("refuses", "format")}),
     ],
 )  # fmt: skip
@@ -115,11 +133,20 @@ def test_config_keys_that_vllm_asks_for(format, config, missing):
     assert [missing in message for message in found] == ([True] if missing else [])
 
 
-@pytest.mark.parametrize("target", ["vllm", "sglang"])
-@pytest.mark.parametrize(("low", "format", "refused"), [(0, "gptq", True), (1, "gptq", False), (0, "gptq_v2", False)])
-def test_zero_points_that_v1_readers_disagree_about(target, low, format, refused):
+@pytest.mark.parametrize("target", ["transformers", "sglang"])
+@pytest.mark.parametrize(
+    ("zero", "format", "refused"), [(0, "gptq", True), (1, "gptq", False), (15, "gptq", False), (16, "gptq", True), (0, "gptq_v2", False)]
+)  # fmt: skip
+def test_zero_points_that_v1_readers_disagree_about(target, zero, format, refused):
     weight = random_weight(32, 256, QuantConfig(bits=4, group_size=128, sym=False))
-    weight.zeros[3, 1] = low
+    weight.zeros.fill_(8)[3, 1] = zero
     layer = {"m": LayerSpec("m", weight.config, 256, 32)}
     judged = Subject(format, {}, layer, installed().get("target", target).options, lambda name: weight)
     assert (("refuses", "zero range") in outcome(target, judged)) is refused
+
+
+def test_a_side_that_the_cpu_kernel_of_vllm_has_not_is_told():
+    layer = LayerSpec("m", QuantConfig(bits=4, group_size=-1), 80, 64)
+    for device, refused in (("cpu", True), ("cuda", False)):
+        judged = Subject("gptq", {}, {"m": layer}, {**installed().get("target", "vllm").options, "device": device})
+        assert (("refuses", "shape") in outcome("vllm", judged)) is refused

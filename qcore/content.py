@@ -1,0 +1,151 @@
+"""Quantized models as the neutral stream that formats read and write: from memory, and from a folder of any format."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import ModelFolder, folder_config
+from .errors import CheckpointError, ModelError, suggest
+from .exporter import Content, Exporter, LayerSpec
+from .journal import provenance, renamed
+from .linear import QuantLinear
+from .model import Names, match_keys, save_own_code
+from .plugins import Plugins, installed
+from .weight import QuantizedWeight
+
+
+@dataclass
+class Info:
+    """What qcore knows of a model it made or loaded; kept as `model.qcore_info`."""
+
+    report: dict[str, Any]
+    tokenizer: Any | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None  # config.json of the folder it came from
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
+    strangers: Mapping[str, Callable[[], Tensor]] = field(
+        default_factory=dict
+    )  # its tensors that the model does not know
+
+
+def info_of(
+    report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
+) -> Info:
+    """Return what to keep of a model that was quantized or loaded; unknown: checkpoint tensors it has no parameter for."""
+    if folder is None:
+        return Info(report, tokenizer)
+    keys = match_keys(model, folder.tensors, partial=True)
+    dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
+    strangers = {key: partial(folder.tensor, key) for key in unknown}
+    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
+
+
+def unknown_tensors(model: nn.Module, available: Iterable[str]) -> list[str]:
+    """Tensors of a checkpoint that this model has no parameter for."""
+    available = list(available)
+    known = {
+        *match_keys(model, available, partial=True).values(),
+        *(getattr(model, "all_tied_weights_keys", None) or ()),
+    }
+    return [key for key in available if key not in known]
+
+
+@contextmanager
+def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
+    """A quantized model in memory as the neutral stream that formats write."""
+    names = Names(model)
+    linears = {
+        names.layer_on_disk(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no quantized linears. Quantize it first: qcore.quantize(model).")
+    info: Info = getattr(model, "qcore_info", None) or Info({})
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {name for name, _ in linears.values()}
+    state = {
+        names.on_disk(name): (name, tensor)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.rpartition(".")[0] not in quantized
+    }
+
+    def weight(key: str) -> QuantizedWeight:
+        name, module = linears[key]
+        exact: QuantizedWeight = module.weight_source()
+        stored = info.dtypes.get(f"{name}.bias")  # a CPU computes half types in float32; they are saved as they were
+        return exact if exact.bias is None or stored is None else replace(exact, bias=exact.bias.to(stored))
+
+    def tensor(key: str) -> Tensor:
+        if key in info.strangers:
+            return info.strangers[key]()
+        name, value = state[key]
+        assert isinstance(value, Tensor)
+        return value.to(info.dtypes.get(name, value.dtype))
+
+    description = {k: v for k, v in info.report.items() if k != "layers"}
+    config = dict(info.config or model.config.to_dict())  # type: ignore[union-attr, operator]
+    config.pop("quantization_config", None)
+    config["architectures"] = config.get("architectures") or [type(model).__name__]
+    with tempfile.TemporaryDirectory() as scratch:
+        files = dict(info.files)
+        tokenizer = tokenizer or (None if files else info.tokenizer)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if getattr(model, "_auto_class", None) and not any(name.endswith(".py") for name in files):
+            config |= save_own_code(model, Path(scratch))
+        if getattr(model, "generation_config", None) is not None and "generation_config.json" not in files:
+            model.generation_config.save_pretrained(scratch)  # type: ignore[operator, union-attr]
+        files |= {file.name: file for file in sorted(Path(scratch).iterdir()) if file.is_file()}
+        yield Content(
+            config=config,
+            layers={
+                key: LayerSpec(key, module.config, module.in_features, module.out_features, module.spec.act_order)
+                for key, (_, module) in linears.items()
+            },
+            weight=weight,
+            tensors=[*state, *info.strangers],
+            tensor=tensor,
+            provenance=provenance(*renamed(description, info.report.get("layers", []), names.layer_on_disk)),
+            files=files,
+        )
+
+
+def open_content(folder: Path, plugins: Plugins | None = None) -> tuple[Exporter, Content]:
+    """Find out a quantized folder's format and open it as a stream.
+
+    Raises CheckpointError when it is not quantized, or no installed format reads it.
+    """
+    plugins = plugins or installed()
+    config = folder_config(folder)
+    exporters: dict[str, Exporter] = plugins.usable("format")
+    for exporter in exporters.values():
+        if exporter.detects(folder, config):
+            return exporter, exporter.open(folder)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        raise CheckpointError(f"{folder} is not quantized; open it with transformers, or quantize it first.")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise CheckpointError(
+        f"{folder} says quant_method {method!r}, which no installed format reads: {suggest(str(method), exporters)}"
+    )
+
+
+def plain_record(layer: LayerSpec) -> dict[str, Any]:
+    shape = [layer.out_features, layer.in_features]
+    return {
+        "name": layer.name,
+        "shape": shape,
+        **layer.config.model_dump(),
+        "act_order": layer.act_order,
+        "error": None,
+    }

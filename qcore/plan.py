@@ -1,0 +1,178 @@
+"""The plan of a run: what happens to each linear of a model, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import ModelAdapter, find_block_list
+from .algorithm import Algorithm
+from .calibration import Calibration
+from .checkpoint import ModelFolder
+from .config import Override, QuantConfig, resolve
+from .discovery import find_adapter
+from .errors import ConfigError, ModelError
+from .exporter import Exporter, LayerSpec
+from .linear import QuantLinear
+from .memory import Room, plan_room
+from .model import Weights, compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
+from .plugins import Plugins
+from .ranks import Ranks
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked: made by `make_job`, used by `quantize_blocks`."""
+
+    model: nn.Module
+    weights: Weights
+    adapter: ModelAdapter
+    algorithm: Algorithm
+    config: QuantConfig
+    linears: dict[str, QuantConfig | None]  # by full name, in model order; None stays in float
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    seed: int
+    room: Room
+    calibration: Calibration | None
+    label: str  # the model, as the user called it
+    blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per forward pass."""
+        return self.room.batch_size
+
+    def specs(self) -> dict[str, LayerSpec]:
+        """What a format is asked about before any work is done."""
+        specs = {}
+        for name, config in self.linears.items():
+            if config is not None:
+                out, columns = shape_of(self.model.get_submodule(name))
+                specs[name] = LayerSpec(name, config, columns, out)
+        return specs
+
+    def describe(self) -> dict[str, Any]:
+        """The settled facts of the run, as they stand in reports and in the output's provenance."""
+        return {
+            "model": self.label,
+            "model_type": str(getattr(getattr(self.model, "config", None), "model_type", "")),
+            "adapter": self.adapter.name,
+            "assumed": list(self.adapter.notes),
+            "algorithm": self.algorithm.name,
+            "params": self.algorithm.params.model_dump(mode="json"),
+            "facts": self.algorithm.facts(self.device),
+            "config": self.config.model_dump(),
+            "seed": self.seed,
+            "calibration": self.calibration.report if self.calibration else None,
+            "skipped": [name for name, config in self.linears.items() if config is None],
+        }
+
+
+def make_job(
+    network: nn.Module,
+    weights: Weights,
+    folder: ModelFolder | None,
+    label: str,
+    algorithm: Algorithm,
+    config: QuantConfig,
+    plugins: Plugins,
+    *,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
+    tokens: int,
+    seqlen: int,
+    batch_size: int | None,
+    limit: int | None,
+    seed: int,
+    device: torch.device,
+    adapter: str | ModelAdapter | None,
+    ranks: Ranks,
+) -> Job:
+    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
+
+    limit: bytes of the device's memory to use, or None.
+    """
+    chosen = find_adapter(network, weights, plugins, device, adapter)
+    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
+    dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(network), device)
+    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
+    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
+    algorithm.processes = 1 if ranks.deterministic else ranks.size
+    return Job(
+        model=network,
+        weights=weights,
+        adapter=chosen,
+        algorithm=algorithm,
+        config=config,
+        linears=linears,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
+        calibration=None,
+        label=label,
+        blocks=chosen.find_blocks(network),
+        ranks=ranks,
+    )
+
+
+def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:
+    """The width of hidden states and that of the widest linear's output."""
+    widest = max((shape_of(model.get_submodule(name))[0] for name in linears), default=0)
+    hidden = getattr(model.config, "hidden_size", None)
+    return (hidden if isinstance(hidden, int) else widest), widest
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """[out, in] of a linear that may be on the meta device."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def plan_linears(
+    model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
+) -> dict[str, QuantConfig | None]:
+    """Give each linear of each block its config, in order of use."""
+    names = [
+        f"{block_name}.{short}"
+        for block_name, block in adapter.find_blocks(model)
+        for group in adapter.groups_in(block)
+        for short in group
+    ]
+    return resolve(names, config, overrides)
+
+
+def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
+    """Refuse a model that is quantized already."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantization = quantization or (folder.config.get("quantization_config") if folder else None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ModelError(f"the model is quantized already ({method}). Start from the float model.")
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ModelError("the model is quantized already (it has QuantLinears). Start from the float model.")
+    refuse_encoder_decoder(getattr(model, "config", None), type(model).__name__)
+    find_block_list(model)
+
+
+def check_format(job: Job, exporter: Exporter) -> None:
+    """Refuse, before any work, what the wanted format cannot hold."""
+    for spec in job.specs().values():
+        reason = exporter.why_not(spec)
+        if reason:
+            raise ConfigError(
+                f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
+                f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
+            )
+    config = getattr(job.model, "config", None)
+    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
+    if reason:
+        raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
