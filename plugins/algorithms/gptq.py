@@ -139,7 +139,7 @@ def try_factor(H: Tensor, perm: Tensor, damp_percent: float, shrink: float) -> t
     U = inv(R). It is made in the memory of one copy of H, on perm's device. The host does not wait.
     """
     A = dampen_(permuted(H, perm.flip(0)), damp_percent, shrink)
-    failed = invert_factor_(A, LEAVES[A.device.type == "cpu"])
+    failed = invert_factor_(A, LEAF_OF_GPU if A.is_cuda else LEAF_OF_CPU)
     U = turn_(A)
     return U, (failed == 0) & torch.isfinite(U.sum())  # one element that is not finite spoils the sum
 
@@ -173,10 +173,8 @@ def permuted(H: Tensor, perm: Tensor, panel: int = 256) -> Tensor:
 
 
 LEAF = 128  # rows of a triangle that is solved rather than halved
-LEAVES = {
-    True: 256,
-    False: 4096,
-}  # rows that LAPACK factorizes, on a CPU or not: beyond, matrix products are faster and need no room
+#: rows that LAPACK factorizes on a CPU and on a GPU: beyond, matrix products are faster or take less room
+LEAF_OF_CPU, LEAF_OF_GPU = 256, 4096
 
 
 def invert_factor_(A: Tensor, leaf: int) -> Tensor:

@@ -115,7 +115,7 @@ def test_only_the_first_process_tells_of_the_run_and_all_refuse_what_does_not_fi
 
 
 @pytest.mark.parametrize("doom", ["killed", "fails"])
-def test_a_dead_process_ends_the_run_which_resumes_alone(save_llama, tmp_path, same_files, monkeypatch, doom):
+def test_a_dead_process_ends_the_run_which_resumes_with_one_or_two(save_llama, tmp_path, same_files, doom):
     save_llama(tmp_path / "model")
     first, second = start("dies", tmp_path, DOOM=doom)
     _, last_words = second.communicate(timeout=300)
@@ -128,11 +128,14 @@ def test_a_dead_process_ends_the_run_which_resumes_alone(save_llama, tmp_path, s
         assert "rank 1 failed: block model.layers.1: rank 1 has had enough." in errors
         assert "rank 1 has had enough." in last_words
     assert [path.name for path in (tmp_path / "dies.partial").glob("block-*")] == ["block-00000.safetensors"]
-    resumed = qcore.quantize(
-        tmp_path / "model", two.Doomed(), output=tmp_path / "dies", deterministic=True, **two.SETTINGS
-    )
+    if doom == "killed":
+        qcore.quantize(tmp_path / "model", two.Doomed(), output=tmp_path / "dies", deterministic=True, **two.SETTINGS)
+    else:
+        for process in start("dies", tmp_path, DOOM="none"):
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
     whole = qcore.quantize(tmp_path / "model", "gptq", output=tmp_path / "whole", deterministic=True, **two.SETTINGS)
-    same_files(resumed, whole)
+    same_files(tmp_path / "dies", whole)
 
 
 class Spelled:

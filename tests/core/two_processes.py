@@ -43,13 +43,14 @@ class Means(qcore.Algorithm):
 
 
 class Doomed(GPTQ):
-    """GPTQ, but rank 1 is killed, or fails, in its second block."""
+    """GPTQ, but rank 1 is killed, or fails, in its second block, where DOOM says so."""
 
     def quantize_block(self, block):
         if RANK == 1 and block.index == 1:
             if os.environ["DOOM"] == "fails":
                 raise qcore.ModelError("rank 1 has had enough.")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if os.environ["DOOM"] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().quantize_block(block)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from qcore_plugins.algorithms import gptq
 
+from qcore import QuantConfig
+
 
 def spd(n, seed=0):
     X = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed))
@@ -71,6 +73,26 @@ def test_the_error_is_that_of_the_outputs(monkeypatch, columns, rows_at_once):
     Q = W + 0.1 * torch.randn(9, columns, generator=generator)
     expected = float(((W - Q) @ X.t()).norm() / (W @ X.t()).norm())
     assert float(gptq.relative_error(W, Q, X.t() @ X / 40)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_error_of_a_ten_thousandth_in_the_hessian_is_harmless():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(256, 16, generator=generator)
+    X = torch.randn(2000, 16, generator=generator) @ mixing.t() + torch.randn(2000, 256, generator=generator)
+    W, H = torch.randn(64, 256, generator=generator), X.t() @ X / len(X)
+    config, params = QuantConfig(bits=4, group_size=32), gptq.Gptq.Params()
+
+    def loss(relative):
+        """Of what is found with errors of that size, by the exact Hessian."""
+        noise = torch.randn(256, 256, generator=generator).triu()
+        noise = noise + noise.triu(1).t()
+        found = gptq.solve(W, H + relative * float(H.norm() / noise.norm()) * noise, config, params)
+        group = found.g_idx.long()
+        return float(gptq.energy(W - found.scales[:, group] * (found.codes - found.zeros[:, group]), H))
+
+    exact = loss(0.0)
+    assert loss(1e-4) == pytest.approx(exact, rel=0.005)
+    assert loss(1e-1) > 1.02 * exact  # an error that matters shows
 
 
 @pytest.mark.gpu

@@ -244,7 +244,12 @@ def test_other_tensors_than_those_prepared_are_refused():
 
 
 def buffers_of_shape_only():
-    return {"packed": torch.empty(1, dtype=torch.uint8), "meta": torch.empty(1).half(), "perm": torch.empty(0).int()}
+    return {
+        "packed": torch.empty(1, dtype=torch.uint8),
+        "meta": torch.empty(1).half(),
+        "perm": torch.empty(0).int(),
+        "places": torch.empty(0).int(),
+    }
 
 
 def test_a_tensor_elsewhere_is_named_in_compiled_code_too():
@@ -271,7 +276,9 @@ def test_the_op_and_its_gradient_have_shapes_without_data():
             assert torch.autograd.grad(y, x, torch.empty_like(y))[0].shape == x.shape
 
 
-GATHER_BYTES = 4 * 2 * (128 + 8)  # so that some of the inputs below are gathered by the kernel and others before it
+SCATTER_BYTES = (
+    3 * 2 * (160 + 64)
+)  # so that some of the inputs below are put in order by the kernel and others before it
 
 
 class Imitation:
@@ -324,14 +331,13 @@ class Imitation:
         source = torch.nn.functional.pad(self.at(x, HALVES[dtype], m, k_in, ldx), (0, max(k_out - k_in, 1)))
         self.at(out, HALVES[dtype], m, k_out, k_out)[:] = source[:, self.perm(perm, k_out)]
 
-    def qc_matmul(self, bits, dtype, m, n, columns, k, group_size, asym, x, ldx, packed, meta, perm, bias, y, ldy, workspace,
-                  workspace_bytes, next, next_bytes, kernel, flags, stream):  # fmt: skip
-        if perm is None:
+    def qc_matmul(self, bits, dtype, m, n, columns, k, group_size, asym, x, ldx, packed, meta, places, bias, y, ldy, workspace,
+                  workspace_bytes, kernel, stream):  # fmt: skip
+        if places is None:
             assert x % 16 == ldx % 8 == 0
             assert columns == k
         else:
-            assert m * (-(-k // 64) * 128 + 16) <= GATHER_BYTES
-            assert k % 8 == perm % 16 == 0
+            assert m * 2 * (k + 64) <= SCATTER_BYTES
             assert m <= 16
         assert x % 2 == 0
         assert ldx >= columns
@@ -341,7 +347,8 @@ class Imitation:
         if kernel == cuda.WGMMA and not self.hopper:
             return native.BAD_VARIANT
         W = self.weight(bits, n, k, group_size, asym, packed, meta)
-        rows = torch.nn.functional.pad(self.at(x, HALVES[dtype], m, columns, ldx), (0, 1))[:, self.perm(perm, k)]
+        rows = torch.zeros(m, k, dtype=HALVES[dtype])
+        rows[:, self.perm(places, columns)] = self.at(x, HALVES[dtype], m, columns, ldx)
         self.at(y, HALVES[dtype], m, n, ldy)[:] = (rows.double() @ W.t()).to(HALVES[dtype])
 
 
@@ -353,7 +360,7 @@ def imitation(request, monkeypatch):
     monkeypatch.setattr(cuda, "_reserve", lambda device: None)
     monkeypatch.setattr(cuda, "_workspace", lambda device, stream: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(cuda, "_without_wgmma", set())
-    monkeypatch.setattr(cuda, "_gather_bytes", lambda device: GATHER_BYTES)
+    monkeypatch.setattr(cuda, "_scatter_bytes", lambda device: SCATTER_BYTES)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
@@ -388,17 +395,17 @@ def test_the_binding_passes_what_the_kernels_need(imitation, bits, group_size, s
         limit = 4 * torch.finfo(dtype).eps
         for x in strided_inputs(columns, dtype):
             expected = x.double() @ W.t()
-            y = cuda._matmul(x, b["packed"], b["meta"], b["perm"], *numbers)
+            y = cuda._matmul(x, b["packed"], b["meta"], b["perm"], b["places"], *numbers)
             assert y.shape == expected.shape
             assert y.is_contiguous()
             assert (y.double() - expected).norm() <= limit * expected.norm()
-            grad = cuda._matmul_transposed(y, b["packed"], b["meta"], b["perm"], *numbers)
+            grad = cuda._matmul_transposed(y, b["packed"], b["meta"], b["perm"], b["places"], *numbers)
             assert grad.shape == x.shape
             expected = y.double() @ W
             assert (grad.double() - expected).norm() <= limit * expected.norm()
         if act_order:
-            gathers = {arguments["perm"] is not None for name, arguments in imitation.calls if name == "qc_matmul"}
-            assert gathers == {True, False}
+            orders = {arguments["places"] is not None for name, arguments in imitation.calls if name == "qc_matmul"}
+            assert orders == {True, False}
 
 
 # ---- building ------------------------------------------------------------------------------------------------------
