@@ -319,8 +319,8 @@ class Tuning:
     def _rough_modules(self) -> list[nn.Module]:
         """Return the linears whose gradients are to be products of shorter numbers."""
         device, prefix = self.block.device, f"{self.block.name}."
-        if machine.rough_type(device) is None:
-            return []
+        if machine.rough_type(device) is None or isinstance(self.autocast, torch.autocast):
+            return []  # under autocast weights are cast first, which an op of one's own is left out of
         tokens = self.block.batch(0)[0][..., 0].numel()
         modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
         return [module for module in modules if machine.can_be_rough(module, self.dtype, tokens, device)]
