@@ -55,11 +55,11 @@ int check_weight(int bits, int dtype, int64_t n, int64_t k, int64_t group_size, 
 template <typename T>
 Args<T> make_args(int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x, int64_t ldx,
                   const void* packed, const void* meta, const void* bias, void* y, int64_t ldy) {
-  Args<T> arg = {};
+  Args<T> arg;
   arg.x = static_cast<const T*>(x), arg.bias = static_cast<const T*>(bias), arg.y = static_cast<T*>(y);
   arg.packed = static_cast<const uint8_t*>(packed), arg.meta = static_cast<const uint8_t*>(meta);
   arg.ldx = ldx, arg.ldy = ldy;
-  arg.m = int(m), arg.n = int(n), arg.k = arg.columns = int(k);
+  arg.m = int(m), arg.n = int(n), arg.k = int(k);
   arg.tiles = div_up(arg.n, TILE_ROWS), arg.chunks = div_up(arg.k, CHUNK_K);
   arg.groups = group_size < 0 ? 1 : int(div_up(k, group_size));
   arg.group_bytes = asym ? 64 : 32;
@@ -68,30 +68,22 @@ Args<T> make_args(int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
   return arg;
 }
 
-int check_matmul(int64_t m, int64_t n, int64_t columns, const void* x, int64_t ldx, bool any_alignment, const void* y, int64_t ldy) {
+int check_matmul(int64_t m, int64_t n, int64_t k, const void* x, int64_t ldx, const void* y, int64_t ldy) {
   if (m < 0 || m > MAX_M) return QC_BAD_SHAPE;
   if (m == 0) return QC_OK;
   if (!x || !y) return QC_NULL_POINTER;
-  if (ldx < columns || ldy < n) return QC_BAD_STRIDE;
-  if ((reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % 2) return QC_BAD_ALIGNMENT;
-  if (!any_alignment && (!aligned(x) || ldx % 8)) return QC_BAD_ALIGNMENT;
+  if (ldx < k || ldy < n) return QC_BAD_STRIDE;
+  if (!aligned(x) || ldx % 8 || reinterpret_cast<uintptr_t>(y) % 2) return QC_BAD_ALIGNMENT;
   return QC_OK;
 }
 
-// The most bytes of x that decode keeps in shared memory whole: the rest is for weights on their way.
-#ifdef QC_AMD
-int64_t scatter_bytes(const Device&) { return 0; }
-#else
-int64_t scatter_bytes(const Device& device) { return device.shared_bytes / 2; }
-#endif
-
 #ifndef QC_AMD
-int decode(int bits, int dtype, const void* arg, const Device& device, int row_tiles, int warps, cudaStream_t s) {
+int decode(int bits, int dtype, const void* arg, const Device& device, int flags, int row_tiles, int warps, cudaStream_t s) {
   switch (bits) {
-    case 2: return matmul_decode<2>(dtype, arg, device, row_tiles, warps, s);
-    case 3: return matmul_decode<3>(dtype, arg, device, row_tiles, warps, s);
-    case 4: return matmul_decode<4>(dtype, arg, device, row_tiles, warps, s);
-    default: return matmul_decode<8>(dtype, arg, device, row_tiles, warps, s);
+    case 2: return matmul_decode<2>(dtype, arg, device, flags, row_tiles, warps, s);
+    case 3: return matmul_decode<3>(dtype, arg, device, flags, row_tiles, warps, s);
+    case 4: return matmul_decode<4>(dtype, arg, device, flags, row_tiles, warps, s);
+    default: return matmul_decode<8>(dtype, arg, device, flags, row_tiles, warps, s);
   }
 }
 #endif
@@ -133,12 +125,6 @@ int64_t qc_workspace_bytes(void) {
   Device device;
   if (read_device(device)) return -1;
   return 4096 + int64_t(device.sms) * 2 * SUMS_PER_BLOCK * 4;
-}
-
-int64_t qc_scatter_bytes(void) {
-  Device device;
-  if (read_device(device)) return -1;
-  return scatter_bytes(device);
 }
 
 int qc_repack(int bits, int64_t n, int64_t k_codes, int64_t k, const uint8_t* codes, const int32_t* perm, void* packed,
@@ -193,13 +179,12 @@ int qc_gather(int dtype, int64_t m, int64_t k_in, int64_t k_out, const void* x, 
 }
 
 /* Benchmarks and tests only: qc_matmul with its choices given; 0 leaves one to the launcher. */
-int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-                    const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* places,
-                    const void* bias, void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel,
-                    int row_tiles, int warps, void* stream) {
+int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x,
+                    int64_t ldx, const void* packed, const void* meta, const void* bias, void* y, int64_t ldy,
+                    void* workspace, int64_t workspace_bytes, int kernel, int flags, int row_tiles, int warps,
+                    void* stream) {
   if (int status = check_weight(bits, dtype, n, k, group_size, packed, meta)) return status;
-  if (columns < 1 || columns > MAX_K || (!places && columns != k)) return QC_BAD_SHAPE;
-  if (int status = check_matmul(m, n, columns, x, ldx, places, y, ldy)) return status;
+  if (int status = check_matmul(m, n, k, x, ldx, y, ldy)) return status;
   if (m == 0) return QC_OK;
   Device device;
   if (int status = read_device(device)) return status;
@@ -208,22 +193,19 @@ int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, 
   if (kernel == QC_AUTO) kernel = QC_DECODE; // the one there is
 #endif
   if (kernel == QC_AUTO) {
-    if (places || m <= DECODE_AUTO || bits < 4 || (m <= DECODE_TOKENS && n * k <= SMALL_WEIGHT)) kernel = QC_DECODE;
+    if (m <= DECODE_AUTO || bits < 4 || (m <= DECODE_TOKENS && n * k <= SMALL_WEIGHT)) kernel = QC_DECODE;
     else kernel = hopper ? QC_WGMMA : QC_TILE;
   }
   const auto s = static_cast<cudaStream_t>(stream);
-  auto half_args = make_args<__half>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
-  auto bf16_args = make_args<__nv_bfloat16>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
-  half_args.places = bf16_args.places = places, half_args.columns = bf16_args.columns = int(columns);
+  const auto half_args = make_args<__half>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
+  const auto bf16_args = make_args<__nv_bfloat16>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
   const void* arg = dtype == 1 ? static_cast<const void*>(&bf16_args) : &half_args;
 #ifdef QC_AMD
-  return kernel != QC_DECODE || places ? QC_BAD_VARIANT : matmul_amd(bits, dtype, arg, s);
+  return kernel != QC_DECODE ? QC_BAD_VARIANT : matmul_amd(bits, dtype, arg, s);
 #else
-  if (kernel == QC_DECODE) {
-    if (m > DECODE_TOKENS || (places && m * 2 * (k + CHUNK_K) > scatter_bytes(device))) return QC_BAD_VARIANT;
-    return decode(bits, dtype, arg, device, row_tiles, warps, s);
-  }
-  if ((kernel != QC_TILE && kernel != QC_WGMMA) || places) return QC_BAD_VARIANT;
+  if (kernel == QC_DECODE)
+    return m > DECODE_TOKENS ? QC_BAD_VARIANT : decode(bits, dtype, arg, device, flags, row_tiles, warps, s);
+  if (kernel != QC_TILE && kernel != QC_WGMMA) return QC_BAD_VARIANT;
   if (bits < 4) return QC_BAD_BITS;
   if (!workspace) return QC_NULL_POINTER;
   if (!aligned(workspace)) return QC_BAD_ALIGNMENT;
@@ -238,18 +220,18 @@ int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, 
 #endif
 }
 
-int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-              const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* places, const void* bias,
-              void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel, void* stream) {
-  return qc_matmul_tuned(bits, dtype, m, n, columns, k, group_size, asym, x, ldx, packed, meta, places, bias, y, ldy,
-                         workspace, workspace_bytes, kernel, 0, 0, stream);
+int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x,
+              int64_t ldx, const void* packed, const void* meta, const void* bias, void* y, int64_t ldy,
+              void* workspace, int64_t workspace_bytes, int kernel, int flags, void* stream) {
+  return qc_matmul_tuned(bits, dtype, m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy, workspace,
+                         workspace_bytes, kernel, flags, 0, 0, stream);
 }
 
 int qc_matmul_reference(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
                         const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias, void* y,
                         int64_t ldy, void* stream) {
   if (int status = check_weight(bits, dtype, n, k, group_size, packed, meta)) return status;
-  if (int status = check_matmul(m, n, k, x, ldx, false, y, ldy)) return status;
+  if (int status = check_matmul(m, n, k, x, ldx, y, ldy)) return status;
   if (m == 0) return QC_OK;
   const auto s = static_cast<cudaStream_t>(stream);
   if (dtype == 1)

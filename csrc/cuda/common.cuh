@@ -345,6 +345,19 @@ template <int BITS> __device__ inline void copy_chunk(uint32_t to, const uint8_t
   }
 }
 
+// Programmatic launch (sm_90): wait for the kernel before this one, and let the one after start. Without the launch
+// attribute both do nothing.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #endif // QC_AMD
 
 // The start of the workspace counts, a counter a block, who has finished a shared output tile.
@@ -387,8 +400,6 @@ template <typename T> struct Args {
   const uint8_t* meta;   // [tiles][groups][32 or 64 bytes]
   const T* bias;         // [n] or null
   T* y;                  // [m, n], row stride ldy
-  const int32_t* places; // [columns], or null: packed column of each of x's, which is then [m, columns] of any alignment (decode alone)
-  int columns;           // of x: k without places
   int64_t ldx, ldy;
   int m, n, k;
   int tiles, chunks;     // of 16 rows, of 64 columns, padded
@@ -409,11 +420,11 @@ inline int launch_status() {
 // One specialization a width, in decode_<bits>.cu and tile_<bits>.cu; `arg` is the Args of `dtype`. 0 for row_tiles and
 // warps leaves the choice to the launcher.
 template <int BITS>
-int matmul_decode(int dtype, const void* arg, const Device&, int row_tiles, int warps, cudaStream_t);
-template <> int matmul_decode<2>(int, const void*, const Device&, int, int, cudaStream_t);
-template <> int matmul_decode<3>(int, const void*, const Device&, int, int, cudaStream_t);
-template <> int matmul_decode<4>(int, const void*, const Device&, int, int, cudaStream_t);
-template <> int matmul_decode<8>(int, const void*, const Device&, int, int, cudaStream_t);
+int matmul_decode(int dtype, const void* arg, const Device&, int flags, int row_tiles, int warps, cudaStream_t);
+template <> int matmul_decode<2>(int, const void*, const Device&, int, int, int, cudaStream_t);
+template <> int matmul_decode<3>(int, const void*, const Device&, int, int, int, cudaStream_t);
+template <> int matmul_decode<4>(int, const void*, const Device&, int, int, int, cudaStream_t);
+template <> int matmul_decode<8>(int, const void*, const Device&, int, int, int, cudaStream_t);
 template <int BITS>
 int matmul_tile(int dtype, const void* arg, const Device&, int row_tiles, void* workspace, cudaStream_t);
 template <> int matmul_tile<4>(int, const void*, const Device&, int, void*, cudaStream_t);

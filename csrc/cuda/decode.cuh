@@ -17,11 +17,7 @@
 //
 // Each warp has a ring of stages of its own and waits only for its own copies: no barrier inside the loop. A stage
 // holds one chunk column: x [m][64], then the tiles' chunks, then the tiles' scales. The next pass's copies are under
-// way while a pass ends, where warps add up their sums through shared memory. With act-order x is put in packed order once,
-// before all else, and stages hold weights alone.
-//
-// Instructions count: of the 4.7 us of a 4096 x 4096 product 1.4 pass before its reads are under way, 2 while they arrive. Hence one copy of
-// each piece of code, and addresses that run along.
+// way while a pass ends, where warps add up their sums through shared memory.
 #pragma once
 #include "common.cuh"
 
@@ -37,17 +33,15 @@ struct DecodePlan {
   int stages;
   int pass_tiles; // tiles a pass handles, <= ROW_TILES
   int stage_bytes;
-  int scatters;   // x lies in shared memory whole, put there in the order of perm
+  int overlap;    // QC_OVERLAP
 };
 
-__host__ __device__ inline int decode_stage_bytes(int bits, int pass_tiles, int group_bytes, int scales_per_chunk) {
-  return pass_tiles * (chunk_bytes(bits) + group_bytes * scales_per_chunk);
+__host__ __device__ inline int decode_stage_bytes(int bits, int m, int pass_tiles, int group_bytes, int scales_per_chunk) {
+  return m * CHUNK_K * 2 + pass_tiles * (chunk_bytes(bits) + group_bytes * scales_per_chunk);
 }
 __host__ __device__ inline int decode_sum_bytes(int m, int pass_tiles, int warps) {
-  return div_up(warps * pass_tiles * m * SUM_STRIDE * 4, 128) * 128; // what follows begins a row of banks
+  return warps * pass_tiles * m * SUM_STRIDE * 4;
 }
-// A row of x that is there whole: 16 bytes past a multiple of 128, so that ldmatrix's eight rows hit all banks.
-__host__ __device__ inline int whole_row_bytes(int chunks) { return chunks * CHUNK_K * 2 + 16; }
 
 template <int ROW_TILES, int TOKEN_TILES> __device__ inline void clear_sums(float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
 #pragma unroll
@@ -63,7 +57,7 @@ template <int ROW_TILES, int TOKEN_TILES> __device__ inline void clear_sums(floa
 template <int BITS, typename T, int TOKEN_TILES, int ROW_TILES, bool FINE>
 __device__ inline void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], const uint32_t (&b)[TOKEN_TILES][2][4],
                                       const uint8_t* chunks, int chunk_stride, const uint8_t* scales, int scale_stride,
-                                      int second_scale, int asym, int tiles, int lane) {
+                                      int second_scale, bool asym, int tiles, int lane) {
   constexpr int SCALES = FINE ? 2 : 1;
   using R = Raw<BITS, T>;
   constexpr float unit = 1.f / R::per_unit;
@@ -88,50 +82,39 @@ __device__ inline void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], c
     }
   scales += lane / 4 * 4;
 #pragma unroll
-  for (int r = 0; r < ROW_TILES; r += 2) { // two at a time: their instructions interleave
-    if (r >= tiles) break;
-    const int second = r + 1 < tiles ? r + 1 : r; // an odd last one has itself for company
-    LaneWords<BITS> words[2] = {lane_words<BITS>(chunks + r * chunk_stride, lane), lane_words<BITS>(chunks + second * chunk_stride, lane)};
+  for (int r = 0; r < ROW_TILES; r++) {
+    if (r % 2 == 0 && r >= tiles) break;              // two at a time: their instructions interleave
+    const int tile = r % 2 && r >= tiles ? r - 1 : r; // an odd last one has itself for company
+    const LaneWords<BITS> words = lane_words<BITS>(chunks + tile * chunk_stride, lane);
 #pragma unroll
     for (int s = 0; s < SCALES; s++) {
-      const uint8_t* at[2] = {scales + r * scale_stride + s * second_scale, scales + second * scale_stride + s * second_scale};
-      float part[2][TOKEN_TILES][4];
+      const uint8_t* at = scales + tile * scale_stride + s * second_scale;
+      const uint32_t scale = *reinterpret_cast<const uint32_t*>(at);
+      float part[TOKEN_TILES][4];
 #pragma unroll
-      for (int q = 0; q < 2; q++)
+      for (int i = 0; i < TOKEN_TILES; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) part[i][j] = start[s][i][j];
+#pragma unroll
+      for (int step = s * 4 / SCALES; step < (s + 1) * 4 / SCALES; step++) {
+        uint32_t a[4];
+        convert_raw<BITS, T>(a, words, step);
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++) mma<T>(part[i], a, b[i][step / 2][step % 2 * 2], b[i][step / 2][step % 2 * 2 + 1]);
+      }
+      const float s_g = low_float<T>(scale), s_g8 = high_float<T>(scale);
+      if (asym) {
+        const uint32_t zero = *reinterpret_cast<const uint32_t*>(at + 32);
+        const float z_g = low_float<T>(zero), z_g8 = R::factor8 * high_float<T>(zero);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES; i++)
 #pragma unroll
-          for (int j = 0; j < 4; j++) part[q][i][j] = start[s][i][j];
-#pragma unroll
-      for (int step = s * 4 / SCALES; step < (s + 1) * 4 / SCALES; step++)
-#pragma unroll
-        for (int q = 0; q < 2; q++) {
-          uint32_t a[4];
-          convert_raw<BITS, T>(a, words[q], step);
-#pragma unroll
-          for (int i = 0; i < TOKEN_TILES; i++) mma<T>(part[q][i], a, b[i][step / 2][step % 2 * 2], b[i][step / 2][step % 2 * 2 + 1]);
-        }
-      asm("" : "+r"(asym)); // or the compiler makes two copies of all of this, and code is read from memory too
-      if (asym) {
-#pragma unroll
-        for (int q = 0; q < 2; q++) {
-          const uint32_t zero = *reinterpret_cast<const uint32_t*>(at[q] + 32);
-          const float z_g = low_float<T>(zero), z_g8 = R::factor8 * high_float<T>(zero);
-#pragma unroll
-          for (int i = 0; i < TOKEN_TILES; i++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) part[q][i][j] -= z_g * x_unit[s][i][j], part[q][i][2 + j] -= z_g8 * x_unit[s][i][j];
-        }
+          for (int j = 0; j < 2; j++) part[i][j] -= z_g * x_unit[s][i][j], part[i][2 + j] -= z_g8 * x_unit[s][i][j];
       }
 #pragma unroll
-      for (int q = 0; q < 2; q++) {
-        const uint32_t scale = *reinterpret_cast<const uint32_t*>(at[q]);
-        const float s_g = low_float<T>(scale), s_g8 = high_float<T>(scale);
-#pragma unroll
-        for (int i = 0; i < TOKEN_TILES; i++) {
-          acc[r + q][i][0] += s_g * part[q][i][0], acc[r + q][i][1] += s_g * part[q][i][1];
-          acc[r + q][i][2] += s_g8 * part[q][i][2], acc[r + q][i][3] += s_g8 * part[q][i][3];
-        }
+      for (int i = 0; i < TOKEN_TILES; i++) {
+        acc[r][i][0] += s_g * part[i][0], acc[r][i][1] += s_g * part[i][1];
+        acc[r][i][2] += s_g8 * part[i][2], acc[r][i][3] += s_g8 * part[i][3];
       }
     }
   }
@@ -170,29 +153,6 @@ __device__ inline void reduce_warps(const float (&acc)[ROW_TILES][TOKEN_TILES][4
   __syncthreads();
 }
 
-// x [m, columns] goes to shared memory [m][whole_row_bytes] in packed order: a thread reads eight neighbouring columns and where they go
-// (reading in packed order instead would take a request for every two bytes), before any weights, which would be ahead in the queue.
-template <typename T, int THREADS> __device__ inline void scatter_all_x(uint8_t* to, const Args<T>& arg) {
-  const int row_bytes = whole_row_bytes(arg.chunks);
-  for (int at = threadIdx.x * 16; at < arg.m * row_bytes; at += THREADS * 16) *reinterpret_cast<uint4*>(to + at) = make_uint4(0, 0, 0, 0);
-  __syncthreads(); // padding is zero
-  for (int first = threadIdx.x * 8; first < arg.columns; first += THREADS * 8) {
-    int place[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) place[j] = first + j < arg.columns ? arg.places[first + j] : -1;
-    for (int row = 0; row < arg.m; row++) {
-      const uint16_t* x = reinterpret_cast<const uint16_t*>(arg.x) + row * arg.ldx + first;
-      uint16_t* x_row = reinterpret_cast<uint16_t*>(to + row * row_bytes);
-      uint16_t v[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = first + j < arg.columns ? x[j] : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        if (place[j] >= 0 && place[j] < arg.k) x_row[place[j]] = v[j];
-    }
-  }
-}
-
 template <int BITS, typename T, int TOKEN_TILES, int ROW_TILES, int WARPS, bool FINE>
 __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg, const DecodePlan plan) {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -206,69 +166,66 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
   const uint32_t ring = shared_address(shared) + warp * plan.stages * plan.stage_bytes;
   const uint8_t* ring_ptr = shared + warp * plan.stages * plan.stage_bytes;
   float* sums = reinterpret_cast<float*>(shared + WARPS * plan.stages * plan.stage_bytes);
-  const int x_bytes = plan.scatters ? 0 : arg.m * CHUNK_K * 2; // of x in a stage
-  uint8_t* x_whole = shared + WARPS * plan.stages * plan.stage_bytes + decode_sum_bytes(arg.m, plan.pass_tiles, WARPS);
+  const int x_bytes = arg.m * CHUNK_K * 2;
   const int scale_bytes = arg.group_bytes * SCALES; // of one tile in one stage
   const int scales_offset = x_bytes + plan.pass_tiles * chunk_bytes(BITS);
 
-  // -- fetch: start the copies of one stage. What it needs runs along in registers: it is a good part of a short product ----
+  // -- fetch: start the copies of one stage -----------------------------------------------------------------------
   int fetch_chunk = chunk_begin, fetch_tiles = min(plan.pass_tiles, tile_end - tile_begin);
   int fetch_tile = steps ? tile_begin : tile_end; // at tile_end there is nothing left
-  uint32_t fetch_to = ring;
-  const uint32_t ring_end = ring + plan.stages * plan.stage_bytes;
+  uint32_t fetch_slot = 0;
   const int64_t tile_stride = int64_t(arg.chunks) * chunk_bytes(BITS);
   const uint8_t* w_gl = arg.packed + tile_begin * tile_stride + int64_t(chunk_begin) * chunk_bytes(BITS) + lane * LANE_VECTOR<BITS>;
-  const int w_at = x_bytes + lane * LANE_VECTOR<BITS>;
+  const uint32_t w_sh = ring + x_bytes + lane * LANE_VECTOR<BITS>;
   // A lane copies 16 bytes of scales: `meta_part` of slot `meta_slot` of tile `meta_tile`, then of tiles further on.
   const int part_shift = arg.group_bytes == 64 ? 2 : 1, tile_shift = part_shift + SCALES - 1;
   const int meta_tile = lane >> tile_shift, meta_slot = lane >> part_shift & (SCALES - 1);
   const int64_t meta_stride = int64_t(arg.groups) * arg.group_bytes; // between tiles
   const uint8_t* meta_gl = arg.meta + (tile_begin + meta_tile) * meta_stride + (lane & ((1 << part_shift) - 1)) * 16;
-  const int meta_at = scales_offset + lane * 16;
+  const uint32_t meta_sh = ring + scales_offset + lane * 16;
   // Row r of x lies at 128 r; its 16-byte units are permuted by xor with r, so that ldmatrix's eight rows hit all
   // banks. A lane copies unit lane % 8 of rows lane / 8, + 4, + 8 ...
-  const T* x_gl = arg.x + (lane / 8) * arg.ldx + lane % 8 * 8 + chunk_begin * CHUNK_K;
-  int x_left = (arg.k - lane % 8 * 8 - chunk_begin * CHUNK_K) * 2; // bytes of the row from there on
-  const int x_at = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
+  const T* x_gl = arg.x + (lane / 8) * arg.ldx + lane % 8 * 8;
+  const uint32_t x_sh = ring + lane / 8 * 128, x_unit = (lane % 8 ^ lane / 8) * 16;
 
+  auto fetch_weights = [&](uint32_t slot_offset) {
+    const uint8_t* from = w_gl;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+      if (r < fetch_tiles) copy_chunk<BITS>(w_sh + slot_offset + r * chunk_bytes(BITS), from, lane);
+      from += tile_stride;
+    }
+    const int group = min(arg.group_of(fetch_chunk * 2 + meta_slot), arg.groups - 1);
+#pragma unroll
+    for (int i = 0; i < div_up(ROW_TILES * 4 * SCALES, 32); i++) {
+      const int ahead = i << (5 - tile_shift);
+      if (meta_tile + ahead < fetch_tiles)
+        copy16(meta_sh + slot_offset + i * 512, meta_gl + ahead * meta_stride + group * arg.group_bytes);
+    }
+  };
+  auto fetch_x = [&](uint32_t slot_offset, int chunk) {
+    const int bytes = max(0, min(16, (arg.k - chunk * CHUNK_K - lane % 8 * 8) * 2));
+    const T* from = bytes ? x_gl + chunk * CHUNK_K : arg.x;
+#pragma unroll
+    for (int i = 0; i < TOKEN_TILES * 2; i++)
+      if (lane / 8 + 4 * i < arg.m)
+        copy16_or_zero(x_sh + slot_offset + i * 512 + (i % 2 ? x_unit ^ 64 : x_unit), bytes ? from + i * 4 * arg.ldx : from, bytes);
+  };
+  auto fetch_advance = [&] {
+    fetch_slot = fetch_slot + 1 == plan.stages ? 0 : fetch_slot + 1;
+    fetch_chunk += WARPS, w_gl += WARPS * chunk_bytes(BITS);
+    if (fetch_chunk >= chunk_end) { // the next pass
+      w_gl += plan.pass_tiles * tile_stride - int64_t(fetch_chunk - chunk_begin) * chunk_bytes(BITS);
+      meta_gl += plan.pass_tiles * meta_stride;
+      fetch_chunk = chunk_begin, fetch_tile += plan.pass_tiles;
+      fetch_tiles = min(plan.pass_tiles, tile_end - fetch_tile);
+    }
+  };
   auto fetch = [&] {
     if (fetch_tile < tile_end) {
-      if (!plan.scatters) {
-        const T* from = x_gl;
-#pragma unroll
-        for (int i = 0; i < TOKEN_TILES * 2; i++) {
-          const uint32_t to = fetch_to + i * 512 + (x_at ^ i % 2 * 64);
-          if (lane / 8 + 4 * i < arg.m) {
-            if (x_left >= 16) copy16(to, from);
-            else copy16_or_zero(to, x_left > 0 ? from : arg.x, max(0, x_left)); // the end of the row, and padding
-          }
-          from += 4 * arg.ldx;
-        }
-      }
-      const uint8_t* from = w_gl;
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) {
-        if (r < fetch_tiles) copy_chunk<BITS>(fetch_to + w_at + r * chunk_bytes(BITS), from, lane);
-        from += tile_stride;
-      }
-      const int group = min(arg.group_of(fetch_chunk * 2 + meta_slot), arg.groups - 1);
-#pragma unroll
-      for (int i = 0; i < div_up(ROW_TILES * 4 * SCALES, 32); i++) {
-        const int ahead = i << (5 - tile_shift);
-        if (meta_tile + ahead < fetch_tiles)
-          copy16(fetch_to + meta_at + i * 512, meta_gl + ahead * meta_stride + group * arg.group_bytes);
-      }
-      fetch_to += plan.stage_bytes;
-      if (fetch_to == ring_end) fetch_to = ring;
-      fetch_chunk += WARPS, w_gl += WARPS * chunk_bytes(BITS), x_gl += WARPS * CHUNK_K, x_left -= WARPS * CHUNK_K * 2;
-      if (fetch_chunk >= chunk_end) { // the next pass
-        const int back = fetch_chunk - chunk_begin;
-        w_gl += plan.pass_tiles * tile_stride - int64_t(back) * chunk_bytes(BITS);
-        x_gl -= back * CHUNK_K, x_left += back * CHUNK_K * 2;
-        meta_gl += plan.pass_tiles * meta_stride;
-        fetch_chunk = chunk_begin, fetch_tile += plan.pass_tiles;
-        fetch_tiles = min(plan.pass_tiles, tile_end - fetch_tile);
-      }
+      fetch_x(fetch_slot * plan.stage_bytes, fetch_chunk);
+      fetch_weights(fetch_slot * plan.stage_bytes);
+      fetch_advance();
     }
     copies_commit(); // also an empty one: the count of commits is the clock of the ring
   };
@@ -279,74 +236,88 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
 #pragma unroll
   for (int i = 0; i < TOKEN_TILES; i++) x_row[i] = min(i * 8 + lane % 8, arg.m - 1);
 
-  auto multiply = [&](int at, int chunk, int tiles) { // at: of the stage in the ring
-    const uint32_t x = plan.scatters ? shared_address(x_whole) + chunk * CHUNK_K * 2 : ring + at;
-    const int x_stride = plan.scatters ? whole_row_bytes(arg.chunks) : CHUNK_K * 2;
-    const uint8_t* stage_ptr = ring_ptr + at;
+  auto multiply = [&](int slot, int tiles) {
+    const uint32_t stage = ring + slot * plan.stage_bytes;
+    const uint8_t* stage_ptr = ring_ptr + slot * plan.stage_bytes;
     uint32_t b[TOKEN_TILES][2][4]; // [token tile][32 columns][B of two k-steps]
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        load_matrices(b[i][half], x + x_row[i] * x_stride + (((half * 4 + lane / 8) ^ (plan.scatters ? 0 : x_row[i] % 8)) * 16));
+        load_matrices(b[i][half], stage + x_row[i] * 128 + (((half * 4 + lane / 8) ^ x_row[i] % 8) * 16));
     multiply_chunk<BITS, T, TOKEN_TILES, ROW_TILES, FINE>(acc, b, stage_ptr + x_bytes, chunk_bytes(BITS), stage_ptr + scales_offset,
                                                           scale_bytes, arg.group_bytes, arg.group_bytes == 64, tiles, lane);
   };
 
-  // -- the whole: stages - 1 fetches ahead, then one for each stage multiplied ---------------------------------------
-  if (plan.scatters) {
-    scatter_all_x<T, WARPS * 32>(x_whole, arg);
-    __syncthreads();
+  // -- the whole ----------------------------------------------------------------------------------------------------
+  if (plan.overlap) { // weights first, all of the ring; x once the kernel before has written it
+    int first = 0;
+    for (; first < plan.stages - 1 && fetch_tile < tile_end; first++) {
+      fetch_weights(fetch_slot * plan.stage_bytes);
+      fetch_advance();
+    }
+    wait_for_previous_kernel();
+    let_next_kernel_start(); // not before: what starts now may count on all but this kernel having ended
+    int chunk = chunk_begin;
+    for (int s = 0; s < plan.stages - 1; s++) {
+      if (s < first) fetch_x(s * plan.stage_bytes, chunk);
+      chunk = chunk + WARPS < chunk_end ? chunk + WARPS : chunk_begin;
+      copies_commit();
+    }
+  } else {
+    for (int s = 0; s < plan.stages - 1; s++) fetch();
   }
-  clear_sums(acc);
-  int at = 0, left = steps, tile = tile_begin;
-  for (int step = 1 - plan.stages; tile < tile_end; step++) {
-    if (step >= 0) copies_wait_but(plan.stages - 2);
-    __syncwarp(); // the other lanes' copies are there too, and they have read the slot that is filled next
-    fetch();
-    if (step < 0) continue;
+
+  int slot = 0;
+  for (int tile = tile_begin; tile < tile_end; tile += plan.pass_tiles) {
     const int tiles = min(plan.pass_tiles, tile_end - tile);
-    if (steps) {
-      multiply(at, chunk_begin + (steps - left) * WARPS, tiles);
-      at += plan.stage_bytes;
-      if (at == plan.stages * plan.stage_bytes) at = 0;
+clear_sums(acc);
+    for (int s = 0; s < steps; s++) {
+      copies_wait_but(plan.stages - 2);
+      __syncwarp(); // the other lanes' copies are there too, and they have read the slot that is filled next
+      fetch();
+      multiply(slot, tiles);
+      slot = slot + 1 == plan.stages ? 0 : slot + 1;
     }
-    if (--left <= 0) { // the pass has ended
-      reduce_warps<BITS, T, TOKEN_TILES, ROW_TILES, WARPS>(acc, sums, arg, plan.pass_tiles, tile, tiles);
-      clear_sums(acc);
-      left = steps, tile += plan.pass_tiles;
-    }
+    if (plan.overlap) wait_for_previous_kernel(); // y may be what it reads
+    reduce_warps<BITS, T, TOKEN_TILES, ROW_TILES, WARPS>(acc, sums, arg, plan.pass_tiles, tile, tiles);
   }
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------
 
 template <int BITS, typename T, int TOKEN_TILES, int ROW_TILES, int WARPS>
-int launch_decode(const Args<T>& arg, const Device& device, cudaStream_t stream) {
+int launch_decode(const Args<T>& arg, const Device& device, int flags, cudaStream_t stream) {
   const auto kernel = arg.scales_per_chunk == 2 ? decode_kernel<BITS, T, TOKEN_TILES, ROW_TILES, WARPS, true>
                                                 : decode_kernel<BITS, T, TOKEN_TILES, ROW_TILES, WARPS, false>;
   const int blocks = min(arg.tiles, device.sms);
   const int most_tiles = div_up(arg.tiles, blocks), steps = div_up(arg.chunks, WARPS);
   DecodePlan plan;
   plan.block_tiles = arg.tiles / blocks, plan.longer_blocks = arg.tiles % blocks;
-  plan.scatters = arg.places != nullptr;
-  const int x_bytes = plan.scatters ? 0 : arg.m * CHUNK_K * 2, x_whole = plan.scatters ? arg.m * whole_row_bytes(arg.chunks) : 0;
+  plan.overlap = (flags & QC_OVERLAP) && device.major >= 9;
   int passes = div_up(most_tiles, ROW_TILES), bytes;
   for (;; passes++) { // fewer tiles a pass until the ring fits
     plan.pass_tiles = div_up(most_tiles, passes);
     if (passes > 1 && plan.pass_tiles % 2 && plan.pass_tiles > 1 && plan.pass_tiles < ROW_TILES) plan.pass_tiles++; // they are multiplied in twos
-    plan.stage_bytes = x_bytes + decode_stage_bytes(BITS, plan.pass_tiles, arg.group_bytes, arg.scales_per_chunk);
-    const int fixed = decode_sum_bytes(arg.m, plan.pass_tiles, WARPS) + x_whole, ring_bytes = WARPS * plan.stage_bytes;
-    plan.stages = min(max(steps * passes + 1, FEWEST_STAGES), min(MOST_STAGES, (device.shared_bytes - fixed) / ring_bytes));
-    bytes = ring_bytes * plan.stages + fixed;
+    plan.stage_bytes = decode_stage_bytes(BITS, arg.m, plan.pass_tiles, arg.group_bytes, arg.scales_per_chunk);
+    const int sum_bytes = decode_sum_bytes(arg.m, plan.pass_tiles, WARPS), ring_bytes = WARPS * plan.stage_bytes;
+    plan.stages = min(max(steps * passes + 1, FEWEST_STAGES), min(MOST_STAGES, (device.shared_bytes - sum_bytes) / ring_bytes));
+    bytes = ring_bytes * plan.stages + sum_bytes;
     if (plan.stages >= FEWEST_STAGES) break;
     if (passes > most_tiles) return QC_BAD_DEVICE;
   }
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
   if (error != cudaSuccess) return QC_CUDA_ERROR + error;
 
-  kernel<<<blocks, WARPS * 32, bytes, stream>>>(arg, plan);
-  return launch_status();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(WARPS * 32);
+  config.dynamicSmemBytes = bytes, config.stream = stream;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap, config.numAttrs = plan.overlap ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, arg, plan);
+  return error == cudaSuccess ? QC_OK : QC_CUDA_ERROR + error;
 }
 
 } // namespace qcore

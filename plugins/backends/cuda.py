@@ -25,7 +25,6 @@ MAX_PADDING = 2.0  # groups that padding would make larger than by this are refu
 
 AUTO, WGMMA = 0, 3  # values of qc_matmul's `kernel`
 DECODE_MAX = 16  # tokens up to which every kernel that AUTO takes does without a workspace
-SCATTERED_MAX = 4  # tokens whose columns the decode kernel puts in order itself
 NARROW_MAX = 32  # tokens that 2 and 3 bits are compiled for; beyond, the weight is made and torch multiplies
 # Where there is no wgmma: tokens up to which the mma.sync kernels are used. Beyond, making the weight for torch to multiply
 # was faster (csrc/cuda/README.md: 67 against 98 µs at 256, about equal at 128; measured on an H200, others may differ).
@@ -78,7 +77,9 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor packed, Tensor meta, Tensor perm, Tensor places, int bits, int group_size, bool asym, int in_features, int out_features"
+_ARGUMENTS = (
+    "Tensor packed, Tensor meta, Tensor perm, int bits, int group_size, bool asym, int in_features, int out_features"
+)
 
 
 def _check(
@@ -115,25 +116,13 @@ def _dequantize(packed, meta, perm, bits, group_size, asym, in_features, out_fea
     return weight
 
 
-@cache
-def _scatter_bytes(device: int) -> int:
-    """Bytes of x up to which a decode puts it in order itself; the device is asked, so it is part of the key."""
-    size: int = native.load().qc_scatter_bytes()
-    return size
-
-
-def _orders_itself(m: int, k: int, device: int) -> bool:
-    """Whether the kernel for so many tokens takes x in any order and alignment; for more, a kernel before it is as fast."""
-    return m <= SCATTERED_MAX and m * 2 * (k + 64) <= _scatter_bytes(device)
-
-
-def _rows_for_kernel(rows: Tensor, perm: Tensor, places: Tensor | None, stream: int) -> tuple[Tensor, int]:
-    """Return rows [m, columns] as the kernel reads them, and their stride. places: given, the kernel puts them in order."""
+def _rows_for_kernel(rows: Tensor, perm: Tensor, stream: int) -> tuple[Tensor, int]:
+    """Return rows [m, packed columns] as the kernels read them, and their stride: in the order of perm, aligned to 16 bytes."""
     m, columns = rows.shape
     if (columns > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < columns):
         rows = rows.contiguous()
     stride = rows.stride(0) if m > 1 else -(-columns // 8) * 8  # a single row has any
-    if places is not None or (not perm.numel() and rows.data_ptr() % 16 == 0 and stride % 8 == 0):
+    if not perm.numel() and rows.data_ptr() % 16 == 0 and stride % 8 == 0:
         return rows, stride
     width = perm.numel() or -(-columns // 8) * 8
     gathered = torch.empty(m, width, dtype=rows.dtype, device=rows.device)
@@ -146,18 +135,10 @@ def _rows_for_kernel(rows: Tensor, perm: Tensor, places: Tensor | None, stream: 
 _without_wgmma: set[int] = set()  # devices that refused it: not Hopper, or not in this build
 
 
-def _matmul(x, packed, meta, perm, places, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
+def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return x [..., in] @ W.T as [..., out]."""
     k = perm.numel() or in_features
     _check(x, in_features, packed, meta, perm, bits, out_features, k, group_size, asym)
-    if (
-        places.numel() != (in_features if perm.numel() else 0)
-        or places.dtype != torch.int32
-        or places.device != x.device
-    ):
-        raise BackendError(
-            f"cuda: places is {places.dtype} {list(places.shape)} on {places.device}; prepare makes another."
-        )
     rows = x.reshape(-1, in_features)
     m, device = rows.shape[0], x.get_device()
     if (m > NARROW_MAX and bits < 4) or (m > TILE_MAX and device in _without_wgmma):
@@ -167,25 +148,23 @@ def _matmul(x, packed, meta, perm, places, bits, group_size, asym, in_features, 
     if m == 0:
         return y
     stream = torch.cuda.current_stream().cuda_stream
-    scattered = places if perm.numel() and _orders_itself(m, k, device) else None
-    rows, stride = _rows_for_kernel(rows, perm, scattered, stream)
+    rows, stride = _rows_for_kernel(rows, perm, stream)
     kernel, workspace, size = (WGMMA if m > TILE_MAX else AUTO), None, 0
     if m > DECODE_MAX and bits >= 4:
         buffer = _workspace(device, stream)
         workspace, size = buffer.data_ptr(), buffer.numel()
     status = native.call(
-        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k if scattered is None else in_features, k, group_size, asym,
-        rows.data_ptr(), stride, packed.data_ptr(), meta.data_ptr(), None if scattered is None else scattered.data_ptr(), None,
-        y.data_ptr(), out_features, workspace, size, kernel, stream,
+        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k, group_size, asym, rows.data_ptr(), stride,
+        packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, 0, stream,
         accept=native.BAD_VARIANT if kernel == WGMMA else 0,
     )  # fmt: skip
     if status == native.BAD_VARIANT:
         _without_wgmma.add(device)
-        return _matmul(x, packed, meta, perm, places, bits, group_size, asym, in_features, out_features)
+        return _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_features)
     return y
 
 
-def _matmul_transposed(grad, packed, meta, perm, places, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
+def _matmul_transposed(grad, packed, meta, perm, bits, group_size, asym, in_features, out_features) -> Tensor:  # type: ignore[no-untyped-def]
     """Return grad [..., out] @ W as [..., in]: the gradient of x."""
     k = perm.numel() or in_features
     _check(grad, out_features, packed, meta, perm, bits, out_features, k, group_size, asym)
@@ -203,9 +182,9 @@ define_product(
 
 #: times as fast as fp16 torch.matmul by (bits, act-order) and tokens: 4096 -> 11008, group 128, on an H200
 SPEEDS: dict[tuple[int, bool], dict[int, float]] = {
-    (4, False): {1: 2.33, 4: 2.36, 8: 2.25, 16: 1.58, 32: 1.40, 64: 1.10, 128: 0.81, 256: 0.72, 1024: 0.91},
-    (4, True): {1: 1.98, 16: 1.45, 64: 0.99, 256: 0.66},
-    (8, False): {1: 1.52, 16: 1.26, 64: 1.00, 256: 0.70},
+    (4, False): {1: 2.33, 4: 2.36, 8: 2.25, 16: 1.58, 32: 1.42, 64: 1.14, 128: 0.85, 256: 0.75, 1024: 0.95},
+    (4, True): {1: 1.98, 16: 1.45, 64: 1.03, 256: 0.69},
+    (8, False): {1: 1.52, 16: 1.26, 64: 1.04, 256: 0.76},
     (3, False): {1: 1.67, 16: 1.44, 32: 0.96, 64: 0.45, 256: 0.55, 1024: 0.85},
 }
 MEASURED_ON = (9, 0)  # the compute capability
@@ -266,8 +245,8 @@ class CudaBackend(Backend):
     def prepare(self, weight: QuantizedWeight, spec: MatmulSpec) -> dict[str, Tensor]:
         """Lay codes, scales and zeros out as the kernels read them.
 
-        Returns packed uint8, meta (scales and zeros in the activations' dtype), and perm and its inverse places, int32, empty
-        where columns are in order. Raises BackendError for scales that dtype cannot hold, and zeros that are no integers of the grid.
+        Returns packed uint8, meta (scales and zeros in the activations' dtype) and perm int32, empty where columns are in
+        order. Raises BackendError for scales that dtype cannot hold, and zeros that are no integers of the grid.
         """
         bits, n, columns = spec.config.bits, weight.out_features, weight.in_features
         perm, group_size, groups = layout(weight.g_idx.cpu(), spec.config.group_size)
@@ -294,7 +273,7 @@ class CudaBackend(Backend):
             )  # fmt: skip
             if bits >= 4:
                 _reserve(torch.cuda.current_device())
-        return {"packed": packed, "meta": meta, "perm": perm, "places": _places(perm, columns)}
+        return {"packed": packed, "meta": meta, "perm": perm}
 
     def matmul(self, x: Tensor, buffers: dict[str, Tensor], spec: MatmulSpec) -> Tensor:
         """Multiply; within autocast x takes the dtype of the layer, as torch's own linears have it."""
@@ -302,17 +281,10 @@ class CudaBackend(Backend):
             x = x.to(buffers["meta"].dtype)
         config = spec.config
         y: Tensor = torch.ops.qcore.cuda_matmul(
-            x, buffers["packed"], buffers["meta"], buffers["perm"], buffers["places"], config.bits,
+            x, buffers["packed"], buffers["meta"], buffers["perm"], config.bits,
             packed_group_size(config.group_size, spec.in_features), not config.sym, spec.in_features, spec.out_features,
         )  # fmt: skip
         return y
-
-
-def _places(perm: Tensor, columns: int) -> Tensor:
-    """The packed column of each column, int32 [in], for perm [packed columns]; empty for an empty one."""
-    places = torch.empty(columns if perm.numel() else 0, dtype=torch.int32, device=perm.device)
-    packed = (perm >= 0).nonzero().squeeze(1)
-    return places.index_copy_(0, perm[packed].long(), packed.int()) if perm.numel() else places
 
 
 def _checked_meta(weight: QuantizedWeight, spec: MatmulSpec) -> tuple[Tensor, Tensor | None]:

@@ -143,7 +143,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
             return lambda *_: 0
 
     monkeypatch.setattr(ctypes, "CDLL", Old)
-    with pytest.raises(BackendError, match=r"version 7 of the kernels' interface, expected 2"):
+    with pytest.raises(BackendError, match=r"version 7 of the kernels' interface, expected 1"):
         CUDA.open(CUDA.sources / CUDA.file)
 
 
@@ -244,12 +244,7 @@ def test_other_tensors_than_those_prepared_are_refused():
 
 
 def buffers_of_shape_only():
-    return {
-        "packed": torch.empty(1, dtype=torch.uint8),
-        "meta": torch.empty(1).half(),
-        "perm": torch.empty(0).int(),
-        "places": torch.empty(0).int(),
-    }
+    return {"packed": torch.empty(1, dtype=torch.uint8), "meta": torch.empty(1).half(), "perm": torch.empty(0).int()}
 
 
 def test_a_tensor_elsewhere_is_named_in_compiled_code_too():
@@ -274,11 +269,6 @@ def test_the_op_and_its_gradient_have_shapes_without_data():
             y = cuda.CudaBackend().matmul(x, buffers_of_shape_only(), spec)
             assert y.shape == (*shape, 40)
             assert torch.autograd.grad(y, x, torch.empty_like(y))[0].shape == x.shape
-
-
-SCATTER_BYTES = (
-    3 * 2 * (160 + 64)
-)  # so that some of the inputs below are put in order by the kernel and others before it
 
 
 class Imitation:
@@ -331,25 +321,19 @@ class Imitation:
         source = torch.nn.functional.pad(self.at(x, HALVES[dtype], m, k_in, ldx), (0, max(k_out - k_in, 1)))
         self.at(out, HALVES[dtype], m, k_out, k_out)[:] = source[:, self.perm(perm, k_out)]
 
-    def qc_matmul(self, bits, dtype, m, n, columns, k, group_size, asym, x, ldx, packed, meta, places, bias, y, ldy, workspace,
-                  workspace_bytes, kernel, stream):  # fmt: skip
-        if places is None:
-            assert x % 16 == ldx % 8 == 0
-            assert columns == k
-        else:
-            assert m * 2 * (k + 64) <= SCATTER_BYTES
-            assert m <= 16
-        assert x % 2 == 0
-        assert ldx >= columns
+    def qc_matmul(self, bits, dtype, m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy, workspace,
+                  workspace_bytes, kernel, flags, stream):  # fmt: skip
+        assert x % 16 == ldx % 8 == 0
+        assert ldx >= k
         assert ldy >= n
         assert m <= 32 or bits >= 4
         assert m <= 16 or bits < 4 or workspace
         if kernel == cuda.WGMMA and not self.hopper:
             return native.BAD_VARIANT
         W = self.weight(bits, n, k, group_size, asym, packed, meta)
-        rows = torch.zeros(m, k, dtype=HALVES[dtype])
-        rows[:, self.perm(places, columns)] = self.at(x, HALVES[dtype], m, columns, ldx)
-        self.at(y, HALVES[dtype], m, n, ldy)[:] = (rows.double() @ W.t()).to(HALVES[dtype])
+        self.at(y, HALVES[dtype], m, n, ldy)[:] = (self.at(x, HALVES[dtype], m, k, ldx).double() @ W.t()).to(
+            HALVES[dtype]
+        )
 
 
 @pytest.fixture(params=[True, False], ids=["wgmma", "no-wgmma"])
@@ -360,7 +344,6 @@ def imitation(request, monkeypatch):
     monkeypatch.setattr(cuda, "_reserve", lambda device: None)
     monkeypatch.setattr(cuda, "_workspace", lambda device, stream: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(cuda, "_without_wgmma", set())
-    monkeypatch.setattr(cuda, "_scatter_bytes", lambda device: SCATTER_BYTES)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
@@ -395,17 +378,14 @@ def test_the_binding_passes_what_the_kernels_need(imitation, bits, group_size, s
         limit = 4 * torch.finfo(dtype).eps
         for x in strided_inputs(columns, dtype):
             expected = x.double() @ W.t()
-            y = cuda._matmul(x, b["packed"], b["meta"], b["perm"], b["places"], *numbers)
+            y = cuda._matmul(x, b["packed"], b["meta"], b["perm"], *numbers)
             assert y.shape == expected.shape
             assert y.is_contiguous()
             assert (y.double() - expected).norm() <= limit * expected.norm()
-            grad = cuda._matmul_transposed(y, b["packed"], b["meta"], b["perm"], b["places"], *numbers)
+            grad = cuda._matmul_transposed(y, b["packed"], b["meta"], b["perm"], *numbers)
             assert grad.shape == x.shape
             expected = y.double() @ W
             assert (grad.double() - expected).norm() <= limit * expected.norm()
-        if act_order:
-            orders = {arguments["places"] is not None for name, arguments in imitation.calls if name == "qc_matmul"}
-            assert orders == {True, False}
 
 
 # ---- building ------------------------------------------------------------------------------------------------------

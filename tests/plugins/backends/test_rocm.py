@@ -83,11 +83,11 @@ def test_the_library_links_and_checks_its_arguments(tmp_path):
     assert library.qc_packed_bytes(5, 40, 96) == -1
     aligned = ctypes.create_string_buffer(64)
     at = -(-ctypes.addressof(aligned) // 16) * 16
-    good = [4, 0, 1, 16, 64, 64, 32, 0, at, 64, at, at, None, None, at, 16, None, 0, 0, None]
+    good = [4, 0, 1, 16, 64, 32, 0, at, 64, at, at, None, at, 16, None, 0, 0, 0, None]
     assert len(good) == len(CUDA.functions["qc_matmul"][1].split())
     for place, value, words in (
-        (0, 5, "bits must be"), (1, 2, "dtype must be"), (3, 0, "sizes out of range"), (6, 48, "group_size must be"),
-        (8, at + 2, "16-byte aligned"), (9, 32, "stride"), (10, None, "null"), (14, None, "null"),
+        (0, 5, "bits must be"), (1, 2, "dtype must be"), (3, 0, "sizes out of range"), (5, 48, "group_size must be"),
+        (7, at + 2, "16-byte aligned"), (8, 32, "stride"), (9, None, "null"), (12, None, "null"),
     ):  # fmt: skip
         wrong = [*good[:place], value, *good[place + 1 :]]
         assert words in library.qc_error_string(library.qc_matmul(*wrong)).decode(), place

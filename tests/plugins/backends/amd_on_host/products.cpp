@@ -34,7 +34,7 @@ template <int BITS, typename T> static void check(int m, int n, int k, int group
   Args<T> arg = {};
   arg.x = x.data(), arg.y = y.data(), arg.bias = bias ? b.data() : nullptr, arg.ldx = ldx, arg.ldy = ldy;
   arg.packed = reinterpret_cast<uint8_t*>(packed.data()), arg.meta = reinterpret_cast<uint8_t*>(meta.data());
-  arg.m = m, arg.n = n, arg.k = arg.columns = k, arg.tiles = tiles, arg.chunks = chunks, arg.groups = groups;
+  arg.m = m, arg.n = n, arg.k = k, arg.tiles = tiles, arg.chunks = chunks, arg.groups = groups;
   arg.group_bytes = 2 * values, arg.group_of = GroupOf(group_size, k);
   matmul_amd(BITS, sizeof(T) == 2 && Dtype<T>::base == 128, &arg, nullptr);
   double error = 0, size = 0;
