@@ -129,6 +129,18 @@ def test_layers_that_differ_stand_under_dynamic_and_come_back(tmp_path):
     assert all(weight.equal(again.weight(name)) for name, weight in layers.items())
 
 
+def test_dynamic_names_what_vllm_fuses_where_all_parts_have_one_grid(tmp_path):
+    layers = {f"model.layers.{i}.mlp.{part}": plain_weight(8) for i in range(2) for part in ("gate_proj", "up_proj")}
+    layers["model.layers.1.mlp.up_proj"] = plain_weight(2)
+    layers |= {f"model.layers.{i}.mlp.down_proj": plain_weight(4) for i in range(6)}
+    folder = save(V1, layers, tmp_path / "out")
+    dynamic = json.loads((folder / "config.json").read_text())["quantization_config"]["dynamic"]
+    fused = {rule: grid for rule, grid in dynamic.items() if "gate_up" in rule}
+    assert fused == {r"+:^model\.layers\.0\.mlp\.gate_up_proj$": {"bits": 8, "group_size": 32, "sym": True}}
+    again = V1.open(folder)
+    assert all(weight.equal(again.weight(name)) for name, weight in layers.items())
+
+
 def rewrite(folder, tensors=None, config=None, side=False):
     """Change a folder: tensors(dict) and config(quantization_config) alter in place; the side file goes unless kept."""
     if tensors is not None:
