@@ -95,7 +95,7 @@ def prepare(
     source: a dataset plugin's name, a path to a text or JSON-lines file, a mixture "a:2,b" or {"a": 2, "b": 1}, a
     list of strings, an iterable of token-id sequences (or dicts with input_ids and attention_mask) or of batches of them
     [b, length], such as a DataLoader, or a `datasets`
-    dataset with a "text" column. A hub name "org/name" is opened with the `datasets` library.
+    dataset with a "text" column. A hub name "org/name" or "org/name@split" is opened with the `datasets` library.
     longest: the longest sequence the model takes; seqlen is cut to it.
 
     Raises CalibrationError for too little text, empty input, or token ids beyond vocab_size.
@@ -205,8 +205,9 @@ def _hub_dataset(name: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(f"calibration {name!r} looks like a hub dataset: pip install datasets.") from None
+    repository, _, split = name.partition("@")
     try:
-        return load_dataset(name, split="train")
+        return load_dataset(repository, split=split or "train")
     except Exception as error:  # the library raises many unrelated types; all mean "not to be had"
         raise CalibrationError(f"dataset {name!r} cannot be opened: {error}") from None
 

@@ -92,10 +92,14 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys in the order given."""
+def write_json(path: Path, value: Any, atomic: bool = True) -> None:
+    """Write JSON, keys in the order given; atomic is not needed in a draft that appears as a whole."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    if atomic:
+        write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        return
+    with disk_errors(f"writing {path}"):
+        path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -577,7 +581,7 @@ class FolderExporter(Exporter):
         """Write config, shards, carried files and provenance, and prove what was written."""
         refuse(self, content)
         for file, value in {"config.json": self.config(content), **self.extra_files(content)}.items():
-            write_json(folder / file, value)
+            write_json(folder / file, value, atomic=False)
         expected = [*(f"{name}.{n}" for name in content.layers for n in range(6)), *content.tensors]
         writer = ShardWriter(folder, expected, self.shard_bytes)
         reader = self.reader(folder)
@@ -602,7 +606,7 @@ class FolderExporter(Exporter):
             for name, difference in in_order(lambda proof: proof(), written()):
                 _expect_same(folder, name, difference)
         writer.close()
-        write_json(folder / PROVENANCE, dict(content.provenance))
+        write_json(folder / PROVENANCE, dict(content.provenance), atomic=False)
         carry_files(content, folder)
         self.verify(content, folder)
         writer.settle()

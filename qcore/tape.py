@@ -39,7 +39,9 @@ def record(function: Callable[[], Tensor], constants: Iterable[Tensor]) -> Calla
         result = function()
     if not torch.equal(luck, torch.get_rng_state()):
         raise Unfit("its code draws random numbers")
-    plan = [_again(*call) for call in _changing(recorder.calls, constants)]
+    kept = _changing(recorder.calls, constants)
+    read = _places([[args, kwargs] for _, args, kwargs, _ in kept] + [result])
+    plan = [_again(*call, read) for call in kept]
     for call in plan:
         call()  # whatever is allocated or chosen on first use
 
@@ -110,14 +112,17 @@ def _changing(calls: Sequence[Call], constants: Iterable[Tensor]) -> list[Call]:
     return kept
 
 
-def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
-    """Return a call that runs an op once more, its result written to where it was."""
+def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, read: set[int]) -> Callable[[], Any]:
+    """Return a call that runs an op once more, its result written to where it was. read: places that anything is read from."""
     if func._schema.is_mutable:
         return partial(func._op, *args, **kwargs)
     results = list(_tensors(result))
+    if func is torch.ops.aten._to_copy.default:
+        return partial(result.copy_, args[0])
     out = _out_variant(func)
     if out is None:
-        return partial(_copied, partial(func._op, *args, **kwargs), results)
+        wanted = [(index, tensor) for index, tensor in enumerate(results) if _places(tensor) <= read]
+        return partial(_copied, partial(func._op, *args, **kwargs), wanted)
     names = [argument.name for argument in out._schema.arguments if argument.is_out]
     if len(names) == 1:  # torch's own bindings are faster than those of ops
         binding = partial(getattr(torch, func._opname, None) or _missing, *args, **kwargs, out=results[0])
@@ -131,10 +136,11 @@ def _missing(*args: Any, **kwargs: Any) -> None:
     raise TypeError
 
 
-def _copied(call: Callable[[], Any], results: Sequence[Tensor]) -> None:
-    """Run an op that writes nowhere of ours, and copy."""
-    for old, new in zip(results, _tensors(call()), strict=True):
-        old.copy_(new)
+def _copied(call: Callable[[], Any], wanted: Sequence[tuple[int, Tensor]]) -> None:
+    """Run an op that writes nowhere of ours, and copy what is wanted of its results."""
+    made = list(_tensors(call()))
+    for index, tensor in wanted:
+        tensor.copy_(made[index])
 
 
 def _out_variant(func: Any) -> Any:

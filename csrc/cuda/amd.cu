@@ -81,7 +81,7 @@ template <typename T> int matmul_with(int bits, const Args<T>& arg, cudaStream_t
   for (int first = 0; first < arg.m; first += MOST) {
     Args<T> part = arg;
     part.x += first * arg.ldx, part.y += first * arg.ldy, part.m = min(MOST, arg.m - first);
-    kernel<<<dim3(arg.tiles, div_up(part.m, TOKENS)), WAVES * 64, 0, stream>>>(part);
+    hipLaunchKernelGGL(kernel, dim3(arg.tiles, div_up(part.m, TOKENS)), dim3(WAVES * 64), 0, stream, part);
   }
   return launch_status();
 }

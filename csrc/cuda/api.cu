@@ -12,8 +12,6 @@ constexpr int MAX_DEVICES = 64;
 constexpr int DECODE_TOKENS = 32; // the most that decode kernels are compiled for
 // Up to so many tokens decode is the fastest, and up to DECODE_TOKENS where the weight is small (README.md: measured).
 constexpr int DECODE_AUTO = 16;
-constexpr int64_t SMALL_WEIGHT = 4096 * 4096;
-constexpr int NEXT_MOST = 96 << 10; // bytes of the next weight that a block asks for: 12 MB in all, a fifth of an H200's L2
 #ifdef QC_SM90A
 constexpr bool WITH_SM90A = true;
 #else
@@ -57,11 +55,11 @@ int check_weight(int bits, int dtype, int64_t n, int64_t k, int64_t group_size, 
 template <typename T>
 Args<T> make_args(int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x, int64_t ldx,
                   const void* packed, const void* meta, const void* bias, void* y, int64_t ldy) {
-  Args<T> arg = {};
+  Args<T> arg;
   arg.x = static_cast<const T*>(x), arg.bias = static_cast<const T*>(bias), arg.y = static_cast<T*>(y);
   arg.packed = static_cast<const uint8_t*>(packed), arg.meta = static_cast<const uint8_t*>(meta);
   arg.ldx = ldx, arg.ldy = ldy;
-  arg.m = int(m), arg.n = int(n), arg.k = arg.columns = int(k);
+  arg.m = int(m), arg.n = int(n), arg.k = int(k);
   arg.tiles = div_up(arg.n, TILE_ROWS), arg.chunks = div_up(arg.k, CHUNK_K);
   arg.groups = group_size < 0 ? 1 : int(div_up(k, group_size));
   arg.group_bytes = asym ? 64 : 32;
@@ -70,22 +68,14 @@ Args<T> make_args(int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
   return arg;
 }
 
-int check_matmul(int64_t m, int64_t n, int64_t columns, const void* x, int64_t ldx, bool gathers, const void* y, int64_t ldy) {
+int check_matmul(int64_t m, int64_t n, int64_t k, const void* x, int64_t ldx, const void* y, int64_t ldy) {
   if (m < 0 || m > MAX_M) return QC_BAD_SHAPE;
   if (m == 0) return QC_OK;
   if (!x || !y) return QC_NULL_POINTER;
-  if (ldx < columns || ldy < n) return QC_BAD_STRIDE;
-  if ((reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % 2) return QC_BAD_ALIGNMENT;
-  if (!gathers && (!aligned(x) || ldx % 8)) return QC_BAD_ALIGNMENT;
+  if (ldx < k || ldy < n) return QC_BAD_STRIDE;
+  if (!aligned(x) || ldx % 8 || reinterpret_cast<uintptr_t>(y) % 2) return QC_BAD_ALIGNMENT;
   return QC_OK;
 }
-
-// The most bytes of x that decode keeps in shared memory whole: the rest is for weights on their way.
-#ifdef QC_AMD
-int64_t gather_bytes(const Device&) { return 0; }
-#else
-int64_t gather_bytes(const Device& device) { return device.shared_bytes / 2; }
-#endif
 
 #ifndef QC_AMD
 int decode(int bits, int dtype, const void* arg, const Device& device, int flags, int row_tiles, int warps, cudaStream_t s) {
@@ -111,7 +101,7 @@ const char* qc_error_string(int code) {
     case QC_BAD_DTYPE: return "dtype must be 0 (float16) or 1 (bfloat16)";
     case QC_BAD_SHAPE: return "sizes out of range: 0 <= m <= 2^24, 1 <= n <= 2^24, 1 <= k <= 2^20";
     case QC_BAD_GROUP: return "group_size must be -1 or a positive multiple of 32";
-    case QC_BAD_ALIGNMENT: return "x, packed, meta, next and workspace must be 16-byte aligned, and ldx a multiple of 8";
+    case QC_BAD_ALIGNMENT: return "x, packed, meta and workspace must be 16-byte aligned, and ldx a multiple of 8";
     case QC_NULL_POINTER: return "a pointer that is needed is null";
     case QC_SMALL_WORKSPACE: return "the workspace is smaller than qc_workspace_bytes()";
     case QC_BAD_DEVICE: return "the device is older than sm_80 or has too little shared memory for this problem";
@@ -135,12 +125,6 @@ int64_t qc_workspace_bytes(void) {
   Device device;
   if (read_device(device)) return -1;
   return 4096 + int64_t(device.sms) * 2 * SUMS_PER_BLOCK * 4;
-}
-
-int64_t qc_gather_bytes(void) {
-  Device device;
-  if (read_device(device)) return -1;
-  return gather_bytes(device);
 }
 
 int qc_repack(int bits, int64_t n, int64_t k_codes, int64_t k, const uint8_t* codes, const int32_t* perm, void* packed,
@@ -195,42 +179,33 @@ int qc_gather(int dtype, int64_t m, int64_t k_in, int64_t k_out, const void* x, 
 }
 
 /* Benchmarks and tests only: qc_matmul with its choices given; 0 leaves one to the launcher. */
-int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-                    const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* perm, const void* bias,
-                    void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, const void* next, int64_t next_bytes,
-                    int kernel, int flags, int row_tiles, int warps, int next_most, void* stream) {
+int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x,
+                    int64_t ldx, const void* packed, const void* meta, const void* bias, void* y, int64_t ldy,
+                    void* workspace, int64_t workspace_bytes, int kernel, int flags, int row_tiles, int warps,
+                    void* stream) {
   if (int status = check_weight(bits, dtype, n, k, group_size, packed, meta)) return status;
-  if (columns < 1 || columns > MAX_K || (!perm && columns != k) || next_bytes < 0 || next_most < 0) return QC_BAD_SHAPE;
-  if (int status = check_matmul(m, n, columns, x, ldx, perm, y, ldy)) return status;
-  if (next && !aligned(next)) return QC_BAD_ALIGNMENT;
+  if (int status = check_matmul(m, n, k, x, ldx, y, ldy)) return status;
   if (m == 0) return QC_OK;
   Device device;
   if (int status = read_device(device)) return status;
   const bool hopper = device.major == 9 && WITH_SM90A;
 #ifdef QC_AMD
-  if (kernel == QC_AUTO && !perm) kernel = QC_DECODE; // the one there is
+  if (kernel == QC_AUTO) kernel = QC_DECODE; // the one there is
 #endif
   if (kernel == QC_AUTO) {
-    if (perm || m <= DECODE_AUTO || bits < 4 || (m <= DECODE_TOKENS && n * k <= SMALL_WEIGHT)) kernel = QC_DECODE;
+    if (m <= DECODE_AUTO || bits < 4 || (m <= DECODE_TOKENS && n * k <= SMALL_WEIGHT)) kernel = QC_DECODE;
     else kernel = hopper ? QC_WGMMA : QC_TILE;
   }
   const auto s = static_cast<cudaStream_t>(stream);
-  const auto complete = [&](auto arg) {
-    arg.perm = perm, arg.columns = int(columns), arg.next = static_cast<const uint8_t*>(next), arg.next_bytes = next_bytes;
-    arg.next_most = next_most ? next_most : NEXT_MOST;
-    return arg;
-  };
-  const auto half_args = complete(make_args<__half>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy));
-  const auto bf16_args = complete(make_args<__nv_bfloat16>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy));
+  const auto half_args = make_args<__half>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
+  const auto bf16_args = make_args<__nv_bfloat16>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);
   const void* arg = dtype == 1 ? static_cast<const void*>(&bf16_args) : &half_args;
 #ifdef QC_AMD
-  return kernel != QC_DECODE || perm ? QC_BAD_VARIANT : matmul_amd(bits, dtype, arg, s);
+  return kernel != QC_DECODE ? QC_BAD_VARIANT : matmul_amd(bits, dtype, arg, s);
 #else
-  if (kernel == QC_DECODE) {
-    if (m > DECODE_TOKENS || (perm && (m * (half_args.chunks * CHUNK_K * 2 + 16) > gather_bytes(device) || k % 8 || !aligned(perm)))) return QC_BAD_VARIANT;
-    return decode(bits, dtype, arg, device, flags, row_tiles, warps, s);
-  }
-  if ((kernel != QC_TILE && kernel != QC_WGMMA) || perm) return QC_BAD_VARIANT;
+  if (kernel == QC_DECODE)
+    return m > DECODE_TOKENS ? QC_BAD_VARIANT : decode(bits, dtype, arg, device, flags, row_tiles, warps, s);
+  if (kernel != QC_TILE && kernel != QC_WGMMA) return QC_BAD_VARIANT;
   if (bits < 4) return QC_BAD_BITS;
   if (!workspace) return QC_NULL_POINTER;
   if (!aligned(workspace)) return QC_BAD_ALIGNMENT;
@@ -245,19 +220,18 @@ int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, 
 #endif
 }
 
-int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-              const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* perm, const void* bias,
-              void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, const void* next, int64_t next_bytes,
-              int kernel, int flags, void* stream) {
-  return qc_matmul_tuned(bits, dtype, m, n, columns, k, group_size, asym, x, ldx, packed, meta, perm, bias, y, ldy,
-                         workspace, workspace_bytes, next, next_bytes, kernel, flags, 0, 0, 0, stream);
+int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym, const void* x,
+              int64_t ldx, const void* packed, const void* meta, const void* bias, void* y, int64_t ldy,
+              void* workspace, int64_t workspace_bytes, int kernel, int flags, void* stream) {
+  return qc_matmul_tuned(bits, dtype, m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy, workspace,
+                         workspace_bytes, kernel, flags, 0, 0, stream);
 }
 
 int qc_matmul_reference(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
                         const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias, void* y,
                         int64_t ldy, void* stream) {
   if (int status = check_weight(bits, dtype, n, k, group_size, packed, meta)) return status;
-  if (int status = check_matmul(m, n, k, x, ldx, false, y, ldy)) return status;
+  if (int status = check_matmul(m, n, k, x, ldx, y, ldy)) return status;
   if (m == 0) return QC_OK;
   const auto s = static_cast<cudaStream_t>(stream);
   if (dtype == 1)

@@ -35,6 +35,7 @@ namespace qcore {
 
 constexpr int TILE_ROWS = 16;  // M of mma.m16n8k16
 constexpr int CHUNK_K = 64;    // the fewest columns that give a 4-bit lane its 16 bytes
+constexpr int64_t SMALL_WEIGHT = 4096 * 4096; // up to it kernels are chosen differently
 constexpr int GROUP_UNIT = 32; // a scale is looked up once per 32 columns: group_size is a multiple of it
 
 template <typename I> __host__ __device__ constexpr I div_up(I a, I b) { return (a + b - 1) / b; }
@@ -325,8 +326,7 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 template <int N> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // All but the latest `n` commits have landed; PTX wants a literal, the number of stages is known at launch.
 __device__ inline void copies_wait_but(int n) {
-  if (n == 5) copies_wait<5>();
-  else if (n == 4) copies_wait<4>();
+  if (n == 4) copies_wait<4>();
   else if (n == 3) copies_wait<3>();
   else if (n == 2) copies_wait<2>();
   else if (n == 1) copies_wait<1>();
@@ -355,46 +355,6 @@ __device__ inline void wait_for_previous_kernel() {
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Copies that the copy engine makes (sm_90), with a barrier in shared memory that counts arrivals and bytes; they pass by the
-// queue that other reads of memory wait in.
-__device__ inline void bulk_barrier_init(uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-#endif
-}
-__device__ inline void bulk_barriers_ready() { // to the copy engine too
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-__device__ inline void bulk_expect(uint32_t barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-__device__ inline void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) { // bytes and addresses: multiples of 16
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-#endif
-}
-__device__ inline void bulk_wait(uint32_t barrier, int parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .pred p;\n"
-      "bulk_again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra bulk_again;}"
-      ::"r"(barrier), "r"(parity) : "memory");
-#endif
-}
-
-// A hint: bytes, a multiple of 16, from a 16-byte aligned address, on their way from memory into L2; nothing waits for them.
-__device__ inline void prefetch_to_l2(const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
 
@@ -440,11 +400,6 @@ template <typename T> struct Args {
   const uint8_t* meta;   // [tiles][groups][32 or 64 bytes]
   const T* bias;         // [n] or null
   T* y;                  // [m, n], row stride ldy
-  const int32_t* perm;   // [k], or null: x is read in that order (decode alone); then x is [m, columns], of any alignment
-  const uint8_t* next;   // what the product after this one reads, or null: asked for from memory when this one has no more to
-  int64_t next_bytes;    // its size
-  int next_most;         // bytes that a block asks for
-  int columns;           // of x: k without perm
   int64_t ldx, ldy;
   int m, n, k;
   int tiles, chunks;     // of 16 rows, of 64 columns, padded

@@ -26,33 +26,21 @@ namespace qcore {
 // Sums of one 16-row tile and token take 20 floats in shared memory: lanes g + 20 * 2t hit 32 banks.
 constexpr int SUM_STRIDE = 20;
 
-constexpr int MOST_SUM_BYTES = 32 << 10;
 constexpr int FEWEST_STAGES = 2, MOST_STAGES = 6; // of a ring: as many as fit
-constexpr int EARLY_STAGES = 1; // asked for before x where x comes late: requests are served in order, x would wait for all of them
 
 struct DecodePlan {
   int block_tiles, longer_blocks; // a block's tiles; so many blocks have one more
   int stages;
   int pass_tiles; // tiles a pass handles, <= ROW_TILES
   int stage_bytes;
-  int resident;   // x lies in shared memory whole, not stage by stage
   int overlap;    // QC_OVERLAP
-  int bulk;       // weights come by the copy engine
-  int early;      // stages asked for before an x that comes late
 };
 
-__host__ __device__ inline int decode_stage_bytes(int bits, int pass_tiles, int group_bytes, int scales_per_chunk) {
-  return pass_tiles * (chunk_bytes(bits) + group_bytes * scales_per_chunk);
-}
-// The sums of so many warps lie side by side; where all would take too much from the ring, warps add to them in rounds.
-__host__ __device__ inline int decode_sum_slots(int m, int pass_tiles, int warps) {
-  int slots = warps;
-  while (slots > 2 && slots * pass_tiles * m * SUM_STRIDE * 4 > MOST_SUM_BYTES) slots /= 2;
-  return slots;
+__host__ __device__ inline int decode_stage_bytes(int bits, int m, int pass_tiles, int group_bytes, int scales_per_chunk) {
+  return m * CHUNK_K * 2 + pass_tiles * (chunk_bytes(bits) + group_bytes * scales_per_chunk);
 }
 __host__ __device__ inline int decode_sum_bytes(int m, int pass_tiles, int warps) {
-  const int slots = decode_sum_slots(m, pass_tiles, warps);
-  return div_up(slots * pass_tiles * m * SUM_STRIDE * 4, 128) * 128; // what follows begins a row of banks
+  return warps * pass_tiles * m * SUM_STRIDE * 4;
 }
 
 template <int ROW_TILES, int TOKEN_TILES> __device__ inline void clear_sums(float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
@@ -138,26 +126,18 @@ __device__ inline void reduce_warps(const float (&acc)[ROW_TILES][TOKEN_TILES][4
                                     int pass_tiles, int tile, int tiles) {
   using R = Raw<BITS, T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int slots = decode_sum_slots(arg.m, pass_tiles, WARPS);
-  float* mine = sums + warp % slots * pass_tiles * arg.m * SUM_STRIDE;
-  for (int round = 0; round < WARPS / slots; round++) {
-    if (warp / slots == round) {
+  float* mine = sums + warp * pass_tiles * arg.m * SUM_STRIDE;
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++)
+  for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-        for (int i = 0; i < TOKEN_TILES; i++)
+    for (int i = 0; i < TOKEN_TILES; i++)
 #pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const int token = i * 8 + 2 * t + j % 2;
-            if (r < tiles && token < arg.m) {
-              float* to = mine + (r * arg.m + token) * SUM_STRIDE + g + j / 2 * 8;
-              const float v = acc[r][i][j] * (j / 2 ? R::per_unit / R::factor8 : R::per_unit);
-              *to = round ? *to + v : v;
-            }
-          }
-    }
-    __syncthreads();
-  }
+      for (int j = 0; j < 4; j++) {
+        const int token = i * 8 + 2 * t + j % 2;
+        if (r < tiles && token < arg.m)
+          mine[(r * arg.m + token) * SUM_STRIDE + g + j / 2 * 8] = acc[r][i][j] * (j / 2 ? R::per_unit / R::factor8 : R::per_unit);
+      }
+  __syncthreads();
   constexpr int ROWS = ROW_TILES * TILE_ROWS, TOKENS_AT_ONCE = WARPS * 32 / ROWS; // a thread a row: neighbours write neighbours
   const int row = threadIdx.x % ROWS, out = tile * TILE_ROWS + row, warp_stride = pass_tiles * arg.m * SUM_STRIDE;
   if (row < tiles * TILE_ROWS && out < arg.n) {
@@ -165,63 +145,12 @@ __device__ inline void reduce_warps(const float (&acc)[ROW_TILES][TOKEN_TILES][4
     for (int token = threadIdx.x / ROWS; token < arg.m; token += TOKENS_AT_ONCE) {
       const float* from = sums + ((row / TILE_ROWS) * arg.m + token) * SUM_STRIDE + row % TILE_ROWS;
       float v = 0;
-      if (slots == WARPS) {
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) v += from[w * warp_stride];
-      } else {
-        for (int w = 0; w < slots; w++) v += from[w * warp_stride];
-      }
+      for (int w = 0; w < WARPS; w++) v += from[w * warp_stride];
       arg.y[token * arg.ldy + out] = Dtype<T>::from_float(v + bias);
     }
   }
   __syncthreads();
-}
-
-// x whole, "resident", is [m][stride]: the stride is 16 bytes past a multiple of 128, so that ldmatrix's eight rows hit all banks.
-__host__ __device__ inline int resident_stride(int chunks) { return chunks * CHUNK_K * 2 + 16; }
-
-// Copies of x [m, k] into its place, before any weights: requests are served in order. k is a multiple of 8.
-template <typename T, int THREADS> __device__ inline void copy_all_x(uint32_t to, const Args<T>& arg) {
-  const int units = arg.chunks * 8, stride = resident_stride(arg.chunks);
-  for (int row = 0; row < arg.m; row++)
-    for (int unit = threadIdx.x; unit < units; unit += THREADS)
-      copy16_or_zero(to + row * stride + unit * 16, unit * 8 < arg.k ? arg.x + row * arg.ldx + unit * 8 : arg.x, unit * 8 < arg.k ? 16 : 0);
-}
-
-// x [m, columns] in the order of perm to its place, by way of registers. A thread takes eight columns, BATCH times at once: perm first
-// (`order_of` before the weights are asked for), then x.
-constexpr int GATHER_BATCH = 3;
-struct Order { int4 from[GATHER_BATCH][2]; };
-
-template <typename T, int THREADS> __device__ inline void order_of(Order& order, const Args<T>& arg, int first) {
-#pragma unroll
-  for (int i = 0; i < GATHER_BATCH; i++) {
-    const int column = (first + i * THREADS) * 8;
-    order.from[i][0] = order.from[i][1] = make_int4(-1, -1, -1, -1);
-    if (column < arg.k) { // a multiple of 8, as perm's length is
-      order.from[i][0] = *reinterpret_cast<const int4*>(arg.perm + column);
-      order.from[i][1] = *reinterpret_cast<const int4*>(arg.perm + column + 4);
-    }
-  }
-}
-template <typename T, int THREADS> __device__ inline void gather_all_x(uint8_t* to, const Args<T>& arg, Order& order) {
-  const int units = arg.chunks * 8, stride = resident_stride(arg.chunks);
-  for (int first = threadIdx.x; first < units; first += GATHER_BATCH * THREADS) {
-    if (first != threadIdx.x) order_of<T, THREADS>(order, arg, first);
-    for (int row = 0; row < arg.m; row++) {
-      const uint16_t* x_row = reinterpret_cast<const uint16_t*>(arg.x) + row * arg.ldx;
-      auto at = [&](int from) { return uint32_t(from >= 0 && from < arg.columns ? x_row[from] : 0); };
-      uint4 eight[GATHER_BATCH];
-#pragma unroll
-      for (int i = 0; i < GATHER_BATCH; i++) {
-        const int4 a = order.from[i][0], b = order.from[i][1];
-        eight[i] = make_uint4(at(a.x) | at(a.y) << 16, at(a.z) | at(a.w) << 16, at(b.x) | at(b.y) << 16, at(b.z) | at(b.w) << 16);
-      }
-#pragma unroll
-      for (int i = 0; i < GATHER_BATCH; i++)
-        if (first + i * THREADS < units) *reinterpret_cast<uint4*>(to + row * stride + (first + i * THREADS) * 16) = eight[i];
-    }
-  }
 }
 
 template <int BITS, typename T, int TOKEN_TILES, int ROW_TILES, int WARPS, bool FINE>
@@ -237,16 +166,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
   const uint32_t ring = shared_address(shared) + warp * plan.stages * plan.stage_bytes;
   const uint8_t* ring_ptr = shared + warp * plan.stages * plan.stage_bytes;
   float* sums = reinterpret_cast<float*>(shared + WARPS * plan.stages * plan.stage_bytes);
-#ifdef QC_TIMING
-  long long stamp[6]; unsigned long long began;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
-  stamp[0] = clock64();
-#define QC_STAMP(i) stamp[i] = clock64();
-#else
-#define QC_STAMP(i)
-#endif
-  const int x_bytes = plan.resident ? 0 : arg.m * CHUNK_K * 2; // of x in a stage
-  uint8_t* x_whole = shared + WARPS * plan.stages * plan.stage_bytes + decode_sum_bytes(arg.m, plan.pass_tiles, WARPS);
+  const int x_bytes = arg.m * CHUNK_K * 2;
   const int scale_bytes = arg.group_bytes * SCALES; // of one tile in one stage
   const int scales_offset = x_bytes + plan.pass_tiles * chunk_bytes(BITS);
 
@@ -268,15 +188,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
   const T* x_gl = arg.x + (lane / 8) * arg.ldx + lane % 8 * 8;
   const uint32_t x_sh = ring + lane / 8 * 128, x_unit = (lane % 8 ^ lane / 8) * 16;
 
-  // The weight of the product to come: this block's part of its share of the memory's idle time, from about where the same block
-  // will begin there.
-  auto ask_for_next = [&] {
-    const int64_t part = arg.next_bytes / gridDim.x, piece = arg.next_most / WARPS / 16 * 16, begin = warp * piece;
-    const int bytes = int(min(piece, part - begin) / 16 * 16);
-#ifndef QC_TIMING
-    if (arg.next && lane == 0 && bytes > 0) prefetch_to_l2(arg.next + block * part / 128 * 128 + begin, bytes);
-#endif
-  };
   auto fetch_weights = [&](uint32_t slot_offset) {
     const uint8_t* from = w_gl;
 #pragma unroll
@@ -310,40 +221,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
       fetch_tiles = min(plan.pass_tiles, tile_end - fetch_tile);
     }
   };
-  const uint32_t barriers = shared_address(x_whole) + arg.m * resident_stride(arg.chunks) + warp * plan.stages * 8;
-  auto fetch_bulk = [&] { // lane t copies the chunk of tile t, lane 16 + t its scales
-    if (fetch_tile >= tile_end) return;
-    const uint32_t stage = ring + fetch_slot * plan.stage_bytes, barrier = barriers + fetch_slot * 8;
-    const int t = lane % 16;
-    const int64_t tile = fetch_tile + t;
-    if (lane == 0) bulk_expect(barrier, fetch_tiles * (chunk_bytes(BITS) + scale_bytes));
-    if (t < fetch_tiles) {
-      if (lane < 16) {
-        bulk_copy(stage + t * chunk_bytes(BITS), arg.packed + tile * tile_stride + fetch_chunk * chunk_bytes(BITS), chunk_bytes(BITS), barrier);
-      } else {
-#pragma unroll
-        for (int s = 0; s < SCALES; s++) {
-          const int group = min(arg.group_of(fetch_chunk * 2 + s), arg.groups - 1);
-          bulk_copy(stage + scales_offset + t * scale_bytes + s * arg.group_bytes,
-                    arg.meta + tile * meta_stride + group * arg.group_bytes, arg.group_bytes, barrier);
-        }
-      }
-    }
-    fetch_slot = fetch_slot + 1 == plan.stages ? 0 : fetch_slot + 1;
-    fetch_chunk += WARPS;
-    if (fetch_chunk >= chunk_end) {
-      fetch_chunk = chunk_begin, fetch_tile += plan.pass_tiles;
-      fetch_tiles = min(plan.pass_tiles, tile_end - fetch_tile);
-      if (fetch_tile >= tile_end) ask_for_next();
-    }
-  };
   auto fetch = [&] {
-    if (plan.bulk) return fetch_bulk();
     if (fetch_tile < tile_end) {
-      if (!plan.resident) fetch_x(fetch_slot * plan.stage_bytes, fetch_chunk);
+      fetch_x(fetch_slot * plan.stage_bytes, fetch_chunk);
       fetch_weights(fetch_slot * plan.stage_bytes);
       fetch_advance();
-      if (fetch_tile >= tile_end) ask_for_next();
     }
     copies_commit(); // also an empty one: the count of commits is the clock of the ring
   };
@@ -354,54 +236,28 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
 #pragma unroll
   for (int i = 0; i < TOKEN_TILES; i++) x_row[i] = min(i * 8 + lane % 8, arg.m - 1);
 
-  auto multiply = [&](int slot, int chunk, int tiles) {
+  auto multiply = [&](int slot, int tiles) {
     const uint32_t stage = ring + slot * plan.stage_bytes;
-    const uint32_t x = plan.resident ? shared_address(x_whole) + chunk * CHUNK_K * 2 : stage;
-    const int x_stride = plan.resident ? resident_stride(arg.chunks) : CHUNK_K * 2;
     const uint8_t* stage_ptr = ring_ptr + slot * plan.stage_bytes;
     uint32_t b[TOKEN_TILES][2][4]; // [token tile][32 columns][B of two k-steps]
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        load_matrices(b[i][half], x + x_row[i] * x_stride + (((half * 4 + lane / 8) ^ (plan.resident ? 0 : x_row[i] % 8)) * 16));
+        load_matrices(b[i][half], stage + x_row[i] * 128 + (((half * 4 + lane / 8) ^ x_row[i] % 8) * 16));
     multiply_chunk<BITS, T, TOKEN_TILES, ROW_TILES, FINE>(acc, b, stage_ptr + x_bytes, chunk_bytes(BITS), stage_ptr + scales_offset,
                                                           scale_bytes, arg.group_bytes, arg.group_bytes == 64, tiles, lane);
   };
 
   // -- the whole ----------------------------------------------------------------------------------------------------
-  if (plan.overlap) let_next_kernel_start(); // it too touches nothing but weights before this one has ended
-  if (plan.bulk) {
-    if (lane < plan.stages) bulk_barrier_init(barriers + lane * 8);
-    bulk_barriers_ready();
-    __syncwarp();
-  }
-  if (plan.resident) {
-    Order order;
-    if (arg.perm) order_of<T, WARPS * 32>(order, arg, threadIdx.x);
-    else if (!plan.overlap) copy_all_x<T, WARPS * 32>(shared_address(x_whole), arg);
-    copies_commit(); // x, or nothing: the oldest of what is under way
-    const int early = !plan.bulk && (plan.overlap || arg.perm) ? min(plan.early, plan.stages - 1) : plan.stages - 1;
-    for (int s = 0; s < early; s++) fetch();
-    if (plan.overlap) wait_for_previous_kernel();
-    if (arg.perm) {
-      gather_all_x<T, WARPS * 32>(x_whole, arg, order);
-    } else if (plan.overlap) { // the group of x is the latest: wait for all of the few there are
-      copy_all_x<T, WARPS * 32>(shared_address(x_whole), arg);
-      copies_commit();
-      copies_wait<0>();
-    }
-    for (int s = early; s < plan.stages - 1; s++) fetch();
-    if (!arg.perm && !plan.overlap) copies_wait_but(plan.bulk ? 0 : plan.stages - 1);
-    __syncthreads();
-  } else if (plan.overlap) { // weights first, all of the ring; x once the kernel before has written it
+  if (plan.overlap) { // weights first, all of the ring; x once the kernel before has written it
     int first = 0;
     for (; first < plan.stages - 1 && fetch_tile < tile_end; first++) {
       fetch_weights(fetch_slot * plan.stage_bytes);
       fetch_advance();
     }
-    if (fetch_tile >= tile_end) ask_for_next();
     wait_for_previous_kernel();
+    let_next_kernel_start(); // not before: what starts now may count on all but this kernel having ended
     int chunk = chunk_begin;
     for (int s = 0; s < plan.stages - 1; s++) {
       if (s < first) fetch_x(s * plan.stage_bytes, chunk);
@@ -412,35 +268,20 @@ __global__ void __launch_bounds__(WARPS * 32, 1) decode_kernel(const Args<T> arg
     for (int s = 0; s < plan.stages - 1; s++) fetch();
   }
 
-  QC_STAMP(1)
-  int slot = 0, phase = 0;
+  int slot = 0;
   for (int tile = tile_begin; tile < tile_end; tile += plan.pass_tiles) {
     const int tiles = min(plan.pass_tiles, tile_end - tile);
-    clear_sums(acc);
+clear_sums(acc);
     for (int s = 0; s < steps; s++) {
-      if (plan.bulk) bulk_wait(barriers + slot * 8, phase);
-      else copies_wait_but(plan.stages - 2);
+      copies_wait_but(plan.stages - 2);
       __syncwarp(); // the other lanes' copies are there too, and they have read the slot that is filled next
-#ifdef QC_TIMING
-      if (tile == tile_begin && s == 0) QC_STAMP(2)
-#endif
       fetch();
-      multiply(slot, chunk_begin + s * WARPS, tiles);
-      if (++slot == plan.stages) slot = 0, phase ^= 1;
+      multiply(slot, tiles);
+      slot = slot + 1 == plan.stages ? 0 : slot + 1;
     }
-    QC_STAMP(3)
+    if (plan.overlap) wait_for_previous_kernel(); // y may be what it reads
     reduce_warps<BITS, T, TOKEN_TILES, ROW_TILES, WARPS>(acc, sums, arg, plan.pass_tiles, tile, tiles);
-    QC_STAMP(4)
   }
-#ifdef QC_TIMING
-  unsigned long long ended;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ended));
-  if (lane == 0 && arg.next) {
-    long long* out = reinterpret_cast<long long*>(const_cast<uint8_t*>(arg.next)) + (block * WARPS + warp) * 8;
-    for (int i = 0; i < 5; i++) out[i] = stamp[i] - stamp[0];
-    out[5] = began, out[6] = ended, out[7] = steps;
-  }
-#endif
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------
@@ -454,20 +295,14 @@ int launch_decode(const Args<T>& arg, const Device& device, int flags, cudaStrea
   DecodePlan plan;
   plan.block_tiles = arg.tiles / blocks, plan.longer_blocks = arg.tiles % blocks;
   plan.overlap = (flags & QC_OVERLAP) && device.major >= 9;
-  plan.early = flags >> 4 ? flags >> 4 : EARLY_STAGES;
-  const int x_bytes = arg.m * CHUNK_K * 2; // of a chunk
-  const int x_all = arg.m * resident_stride(arg.chunks);
-  plan.resident = arg.perm || ((flags & (QC_RESIDENT | QC_BULK)) && arg.k % 8 == 0 && x_all <= device.shared_bytes / 4);
-  plan.bulk = plan.resident && (flags & QC_BULK) && device.major >= 9;
-  const int x_whole = plan.resident ? x_all + WARPS * MOST_STAGES * 8 : 0; // and the copy engine's barriers
   int passes = div_up(most_tiles, ROW_TILES), bytes;
   for (;; passes++) { // fewer tiles a pass until the ring fits
     plan.pass_tiles = div_up(most_tiles, passes);
     if (passes > 1 && plan.pass_tiles % 2 && plan.pass_tiles > 1 && plan.pass_tiles < ROW_TILES) plan.pass_tiles++; // they are multiplied in twos
-    plan.stage_bytes = (plan.resident ? 0 : x_bytes) + decode_stage_bytes(BITS, plan.pass_tiles, arg.group_bytes, arg.scales_per_chunk);
-    const int fixed = decode_sum_bytes(arg.m, plan.pass_tiles, WARPS) + x_whole, ring_bytes = WARPS * plan.stage_bytes;
-    plan.stages = min(max(steps * passes + 1, FEWEST_STAGES), min(MOST_STAGES, (device.shared_bytes - fixed) / ring_bytes));
-    bytes = ring_bytes * plan.stages + fixed;
+    plan.stage_bytes = decode_stage_bytes(BITS, arg.m, plan.pass_tiles, arg.group_bytes, arg.scales_per_chunk);
+    const int sum_bytes = decode_sum_bytes(arg.m, plan.pass_tiles, WARPS), ring_bytes = WARPS * plan.stage_bytes;
+    plan.stages = min(max(steps * passes + 1, FEWEST_STAGES), min(MOST_STAGES, (device.shared_bytes - sum_bytes) / ring_bytes));
+    bytes = ring_bytes * plan.stages + sum_bytes;
     if (plan.stages >= FEWEST_STAGES) break;
     if (passes > most_tiles) return QC_BAD_DEVICE;
   }

@@ -7,7 +7,7 @@
 
 namespace qcore {
 
-#define QC_DECODE_LIST(X) X(1, 2, 16) X(1, 4, 16) X(1, 8, 16) X(1, 8, 8) X(2, 2, 16) X(2, 4, 16) X(2, 6, 16) X(2, 8, 8) X(4, 4, 8)
+#define QC_DECODE_LIST(X) X(1, 2, 16) X(1, 4, 16) X(1, 8, 16) X(1, 8, 8) X(2, 2, 16) X(2, 4, 16) X(2, 8, 8) X(4, 4, 8)
 
 template <int BITS, typename T>
 int decode_with(const Args<T>& arg, const Device& device, int flags, int row_tiles, int warps, cudaStream_t stream) {

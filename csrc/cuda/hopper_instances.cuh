@@ -7,7 +7,8 @@ namespace qcore {
 #ifdef QC_SM90A
 template <int BITS, typename T>
 int hopper_with(const Args<T>& arg, const Device& device, int variant, void* workspace, cudaStream_t stream) {
-  if (!variant) variant = arg.m <= 32 ? 232 : arg.m <= 64 ? 264 : arg.m <= 128 ? 1128 : 1256;
+  const bool small = int64_t(arg.n) * arg.k <= SMALL_WEIGHT; // has few tiles: narrow ones occupy more of the device (measured)
+  if (!variant) variant = arg.m <= (small ? 64 : 32) ? 232 : arg.m <= 64 ? 264 : arg.m <= (small ? 256 : 128) ? 1128 : 1256;
   switch (variant) { // 1000s or 100s: row blocks of a warpgroup; the rest: tokens of a block
     case 232: return launch_hopper<BITS, T, 2, 32>(arg, device, workspace, stream);
     case 264: return launch_hopper<BITS, T, 2, 64>(arg, device, workspace, stream);

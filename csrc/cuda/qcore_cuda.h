@@ -19,7 +19,7 @@
 #define QCORE_CUDA_H
 #include <stdint.h>
 
-#define QC_CUDA_ABI 2
+#define QC_CUDA_ABI 1
 
 enum {
   QC_OK = 0,
@@ -40,13 +40,10 @@ enum {
    QC_TILE: any m, 4 and 8 bits. QC_WGMMA: the same, on sm_90 and in a build that has sm_90a. */
 enum { QC_AUTO = 0, QC_DECODE = 1, QC_TILE = 2, QC_WGMMA = 3 };
 
-/* flags of qc_matmul, for QC_DECODE alone */
+/* flags of qc_matmul */
 enum {
-  QC_OVERLAP = 1, /* sm_90: start while the kernel before it in the stream still runs and read weights meanwhile
-                     (x is read after that kernel has ended). Only where that kernel does not write the weights, and where
-                     the one after it, if launched so too, waits before it touches anything else. */
-  QC_BULK = 4, /* sm_90: weights by the copy engine, and x as with QC_RESIDENT */
-  QC_RESIDENT = 2 /* keep x in shared memory whole where it takes a quarter of it at most */
+  QC_OVERLAP = 1 /* sm_90: start while the kernel before it in the stream still runs and read weights meanwhile
+                    (x is read after that kernel has ended). Only where that kernel does not write the weights. */
 };
 
 #ifdef __cplusplus
@@ -59,8 +56,6 @@ const char* qc_error_string(int code);
 int64_t qc_packed_bytes(int bits, int64_t n, int64_t k);          /* < 0: bad bits or shape */
 int64_t qc_meta_bytes(int64_t n, int64_t groups, int asym);
 int64_t qc_workspace_bytes(void); /* of the current device; zero-filled once by the caller, left zero where it matters */
-
-int64_t qc_gather_bytes(void);    /* of the current device: m * (2 * (k rounded up to 64) + 16) up to which QC_DECODE takes a perm */
 
 /* codes uint8 [n, k_codes] -> packed; perm int32 [k] or null (then k == k_codes) */
 int qc_repack(int bits, int64_t n, int64_t k_codes, int64_t k, const uint8_t* codes, const int32_t* perm,
@@ -77,21 +72,16 @@ int qc_dequantize(int bits, int dtype, int64_t n, int64_t k_out, int64_t k, int6
 /* out[m, k_out] = x[:, perm], 0 where perm is -1; perm null: x, then zeros. out rows are k_out long, k_out % 8 == 0 */
 int qc_gather(int dtype, int64_t m, int64_t k_in, int64_t k_out, const void* x, int64_t ldx, const int32_t* perm,
               void* out, void* stream);
-/* perm: null, or int32 [k] as above: x [m, columns] is read in that order, of any alignment; QC_DECODE alone, up to
-   qc_gather_bytes. Without, columns == k. workspace: null is enough where QC_DECODE runs; one serves one stream at a time.
-   next: null, or what the product after this one will read (its packed, next_bytes long, 16-byte aligned): a hint. QC_DECODE on
-   sm_90 asks for its first part, to be in L2 by then. */
-int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-              const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* perm, const void* bias,
-              void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, const void* next, int64_t next_bytes,
-              int kernel, int flags, void* stream);
+/* workspace: null is enough where QC_DECODE runs. One workspace serves one stream at a time. */
+int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
+              const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias,
+              void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel, int flags, void* stream);
 /* benchmarks and tests only: qc_matmul with the kernel's own choices given, 0 = leave it. row_tiles: of QC_DECODE 2, 4, 8;
-   of QC_TILE 2, 4; of QC_WGMMA 232, 264, 1128, 1256 (hopper_instances.cuh). warps: of QC_DECODE 8, 16. next_most: bytes of
-   `next` that a block asks for */
-int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym,
-                    const void* x, int64_t ldx, const void* packed, const void* meta, const int32_t* perm, const void* bias,
-                    void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, const void* next, int64_t next_bytes,
-                    int kernel, int flags, int row_tiles, int warps, int next_most, void* stream);
+   of QC_TILE 2, 4; of QC_WGMMA 232, 264, 1128, 1256 (hopper_instances.cuh). warps: of QC_DECODE 8, 16 */
+int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
+                    const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias, void* y,
+                    int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel, int flags, int row_tiles,
+                    int warps, void* stream);
 /* one thread per output, float64 sums, reads the same packed bytes: what the others are checked against */
 int qc_matmul_reference(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
                         const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias,

@@ -42,7 +42,7 @@ from qcore import (
 from . import autoround_device as machine
 from . import gptq_native
 from .autoround_start import Start, covering_start, find_starts, gptq_start
-from .gptq import Gptq, solver_for
+from .gptq import Gptq, Hessian, solver_for
 
 # ---- the parameters of one linear ------------------------------------------------------------------------------------
 
@@ -319,8 +319,8 @@ class Tuning:
     def _rough_modules(self) -> list[nn.Module]:
         """Return the linears whose gradients are to be products of shorter numbers."""
         device, prefix = self.block.device, f"{self.block.name}."
-        if machine.rough_type(device) is None:
-            return []
+        if machine.rough_type(device) is None or isinstance(self.autocast, torch.autocast):
+            return []  # under autocast weights are cast first, which an op of one's own is left out of
         tokens = self.block.batch(0)[0][..., 0].numel()
         modules = [self.block.module.get_submodule(name.removeprefix(prefix)) for name in self.block.linears]
         return [module for module in modules if machine.can_be_rough(module, self.dtype, tokens, device)]
@@ -606,15 +606,16 @@ class AutoRound(Algorithm):
 
 
 def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> None:
-    """Compile everything that the first block needs: what its start and its parameters run, beside the block itself.
+    """Compile and load everything that the first block needs: the block's step here, all else beside it.
 
     What torch.compile does is mostly Python, what a kernel's compiler does is not, so the two hardly wait for each other. A
-    failure of the former is not looked at here: it comes again where it counts.
+    failure of the latter is not looked at here: it comes again where it counts.
     """
 
-    def start_something() -> None:
+    def small_things() -> None:
         with torch.cuda.device(block.device) if block.device.type == "cuda" else contextlib.nullcontext():
             W = torch.linspace(-1, 1, 256 * 512, device=block.device).reshape(256, 512)
+            machine.rehearse(tuning.rough, tuning.dtype)
             for config in dict.fromkeys(linear.config for linear in block.linears.values()):
                 start = covering_start(W, config)
                 if params.start == "gptq":
@@ -624,8 +625,19 @@ def rehearse(tuning: Tuning, block: BlockContext, params: AutoRound.Params) -> N
                 rounding.update(torch.ones_like(weight), 1e-3, 1e-5 if params.enable_minmax_tuning else None, weight)
                 rounding.freeze()
 
-    with ThreadPoolExecutor(1) as aside:
-        aside.submit(start_something)
+    def plain_pass() -> None:
+        """As the float targets are found, the inputs' Hessians on the way; a GPU loads each kernel when it is first used."""
+        hidden, kwargs, _ = block.batch(0)
+        with torch.no_grad():
+            block.forward(hidden, kwargs)
+            for columns in {linear.weight.shape[1] for linear in block.linears.values()}:
+                Hessian(columns, block.device).add(hidden.new_zeros(hidden[..., 0].numel(), columns))
+
+    with ThreadPoolExecutor(2) as aside:
+        aside.submit(plain_pass)  # done with its memory by the time the compiler is loaded
+        aside.submit(small_things)
+        compiler = importlib.import_module("torch._inductor.async_compile")  # takes seconds
+        getattr(compiler, "maybe_warm_pool", lambda: None)()  # so do its processes, to start
         tuning.rehearse()
 
 

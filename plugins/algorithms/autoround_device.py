@@ -195,6 +195,13 @@ def rough_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.__class__ = kind
 
 
+def rehearse(modules: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Let what rough gradients run be compiled, if there are such."""
+    for module in modules[:1]:
+        x = torch.ones(256, 512, dtype=dtype, device=next(module.parameters()).device)
+        (gradient16 if dtype == torch.float32 else gradient8)(x, x)
+
+
 def rough_type(device: torch.device) -> str | None:
     """What a device multiplies faster than the type blocks are computed in: a GPU 8-bit floats, a CPU bfloat16; None: nothing."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hookimpl
+from qcore import Backend, BackendError, MatmulSpec, QuantizedWeight, grid, hookimpl, packing
 
 from .. import cpu_library
 from .columns import layout, packed_group_size
@@ -26,6 +26,7 @@ FLOAT_BITS = {
     torch.float16: 16,
     torch.bfloat16: 17,
 }  # "bits" of weights that are not quantized: QC_HALF_WEIGHT, QC_BFLOAT_WEIGHT
+PIECE = 2**18  # elements of a float weight that are looked at together
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
 
 
@@ -145,7 +146,7 @@ class CpuBackend(Backend):
         perm, group_size, groups = layout(weight.g_idx.cpu(), spec.config.group_size)
         k = columns if perm is None else perm.shape[0]
         perm = torch.empty(0, dtype=torch.int32) if perm is None else perm.contiguous()
-        packed = torch.empty(_sizes(bits, n, k, group_size, not spec.config.sym)[0], dtype=torch.uint8)
+        packed = packing.roomy([_sizes(bits, n, k, group_size, not spec.config.sym)[0]], torch.uint8)
         _pack(bits, n, columns, k, weight.codes.cpu().contiguous(), perm, packed)
         return {"packed": packed, "meta": _meta(weight, groups), "perm": perm}
 
@@ -170,14 +171,24 @@ class CpuBackend(Backend):
             return None
         cpu_library.register()
         n, k = weight.shape
-        halves = next((half for half in map(weight.to, FLOAT_BITS) if torch.equal(half.to(weight.dtype), weight)), None)
+        halves = next((held for dtype in FLOAT_BITS if (held := _exactly(weight, dtype)) is not None), None)
         if halves is None:
             return None
-        halves, bits, perm = halves.contiguous(), FLOAT_BITS[halves.dtype], torch.empty(0, dtype=torch.int32)
+        bits, perm = FLOAT_BITS[halves.dtype], torch.empty(0, dtype=torch.int32)
         packed_size, meta_size = _sizes(bits, n, k, -1, False)
-        packed, ones = torch.empty(packed_size, dtype=torch.uint8), torch.ones(meta_size, dtype=torch.float16)
+        packed, ones = packing.roomy([packed_size], torch.uint8), torch.ones(meta_size, dtype=torch.float16)
         _pack(bits, n, k, k, halves, perm, packed)
         return lambda x: torch.ops.qcore.cpu_matmul(x, packed, ones, perm, bits, -1, False, k, n)
+
+
+def _exactly(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a weight as another dtype where that holds it exactly; looked at piece by piece, as a cache holds."""
+    held = packing.roomy(weight.shape, dtype)
+    rows = max(1, PIECE // weight.shape[1])
+    for target, part in zip(held.split(rows), weight.split(rows), strict=True):
+        if not torch.equal(target.copy_(part).to(weight.dtype), part):
+            return None
+    return held
 
 
 def _pack(bits: int, n: int, columns: int, k: int, codes: Tensor, perm: Tensor, packed: Tensor) -> None:

@@ -116,34 +116,20 @@ def _dequantize(packed, meta, perm, bits, group_size, asym, in_features, out_fea
     return weight
 
 
-@cache
-def _gather_bytes(device: int) -> int:
-    """Bytes of x up to which a decode puts it in order itself; the device is asked, so it is part of the key."""
-    size: int = native.load().qc_gather_bytes()
-    return size
-
-
-def _gathers_itself(m: int, k: int, device: int) -> bool:
-    """Whether the kernel for so many tokens takes x in any order and alignment."""
-    return m <= DECODE_MAX and m * (-(-k // 64) * 128 + 16) <= _gather_bytes(device)
-
-
-def _rows_for_kernel(rows: Tensor, perm: Tensor, gathers: bool, stream: int) -> tuple[Tensor, int, int | None]:
-    """Return rows [m, columns] as the kernel reads them, their stride, and the order that is left to it."""
+def _rows_for_kernel(rows: Tensor, perm: Tensor, stream: int) -> tuple[Tensor, int]:
+    """Return rows [m, packed columns] as the kernels read them, and their stride: in the order of perm, aligned to 16 bytes."""
     m, columns = rows.shape
     if (columns > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < columns):
         rows = rows.contiguous()
     stride = rows.stride(0) if m > 1 else -(-columns // 8) * 8  # a single row has any
-    if perm.numel() and gathers:
-        return rows, stride, perm.data_ptr()
     if not perm.numel() and rows.data_ptr() % 16 == 0 and stride % 8 == 0:
-        return rows, stride, None
+        return rows, stride
     width = perm.numel() or -(-columns // 8) * 8
     gathered = torch.empty(m, width, dtype=rows.dtype, device=rows.device)
     native.call(
         "qc_gather", DTYPES[rows.dtype], m, columns, width, rows.data_ptr(), stride, _pointer(perm), gathered.data_ptr(), stream
     )  # fmt: skip
-    return gathered, width, None
+    return gathered, width
 
 
 _without_wgmma: set[int] = set()  # devices that refused it: not Hopper, or not in this build
@@ -162,15 +148,14 @@ def _matmul(x, packed, meta, perm, bits, group_size, asym, in_features, out_feat
     if m == 0:
         return y
     stream = torch.cuda.current_stream().cuda_stream
-    rows, stride, order = _rows_for_kernel(rows, perm, _gathers_itself(m, k, device), stream)
+    rows, stride = _rows_for_kernel(rows, perm, stream)
     kernel, workspace, size = (WGMMA if m > TILE_MAX else AUTO), None, 0
     if m > DECODE_MAX and bits >= 4:
         buffer = _workspace(device, stream)
         workspace, size = buffer.data_ptr(), buffer.numel()
     status = native.call(
-        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, in_features if order else k, k, group_size, asym,
-        rows.data_ptr(), stride, packed.data_ptr(), meta.data_ptr(), order, None, y.data_ptr(), out_features, workspace, size,
-        None, 0, kernel, 0, stream,
+        "qc_matmul", bits, DTYPES[x.dtype], m, out_features, k, group_size, asym, rows.data_ptr(), stride,
+        packed.data_ptr(), meta.data_ptr(), None, y.data_ptr(), out_features, workspace, size, kernel, 0, stream,
         accept=native.BAD_VARIANT if kernel == WGMMA else 0,
     )  # fmt: skip
     if status == native.BAD_VARIANT:
@@ -197,9 +182,9 @@ define_product(
 
 #: times as fast as fp16 torch.matmul by (bits, act-order) and tokens: 4096 -> 11008, group 128, on an H200
 SPEEDS: dict[tuple[int, bool], dict[int, float]] = {
-    (4, False): {1: 2.33, 4: 2.36, 8: 2.25, 16: 1.58, 32: 1.40, 64: 1.10, 128: 0.81, 256: 0.72, 1024: 0.91},
-    (4, True): {1: 1.98, 16: 1.45, 64: 0.99, 256: 0.66},
-    (8, False): {1: 1.52, 16: 1.26, 64: 1.00, 256: 0.70},
+    (4, False): {1: 2.33, 4: 2.36, 8: 2.25, 16: 1.58, 32: 1.42, 64: 1.14, 128: 0.85, 256: 0.75, 1024: 0.95},
+    (4, True): {1: 1.98, 16: 1.45, 64: 1.03, 256: 0.69},
+    (8, False): {1: 1.52, 16: 1.26, 64: 1.04, 256: 0.76},
     (3, False): {1: 1.67, 16: 1.44, 32: 0.96, 64: 0.45, 256: 0.55, 1024: 0.85},
 }
 MEASURED_ON = (9, 0)  # the compute capability

@@ -23,7 +23,7 @@ BAD_VARIANT = 10  # QC_BAD_VARIANT: the kernel asked for is not in this build or
 
 CUDA = Native(
     name="cuda",
-    abi=2,  # QC_CUDA_ABI of qcore_cuda.h
+    abi=1,  # QC_CUDA_ABI of qcore_cuda.h
     flags=FLAGS,
     functions={
         "qc_abi_version": (ctypes.c_int, ""),
@@ -31,7 +31,6 @@ CUDA = Native(
         "qc_packed_bytes": (ctypes.c_int64, "bits n# k#"),
         "qc_meta_bytes": (ctypes.c_int64, "n# groups# asym"),
         "qc_workspace_bytes": (ctypes.c_int64, ""),
-        "qc_gather_bytes": (ctypes.c_int64, ""),
         "qc_repack": (ctypes.c_int, "bits n# k_codes# k# codes* perm* packed* stream*"),
         "qc_pack_meta": (ctypes.c_int, "bits dtype n# groups# scales* zeros* meta* stream*"),
         "qc_dequantize": (
@@ -41,8 +40,8 @@ CUDA = Native(
         "qc_gather": (ctypes.c_int, "dtype m# k_in# k_out# x* ldx# perm* out* stream*"),
         "qc_matmul": (
             ctypes.c_int,
-            "bits dtype m# n# columns# k# group_size# asym x* ldx# packed* meta* perm* bias* y* ldy# workspace* workspace_bytes#"
-            " next* next_bytes# kernel flags stream*",
+            "bits dtype m# n# k# group_size# asym x* ldx# packed* meta* bias* y* ldy# workspace* workspace_bytes# kernel flags"
+            " stream*",
         ),
     },
 )

@@ -46,7 +46,7 @@ SHIPPED: dict[tuple[int, int], dict[int, Config]] = {
     (9, 0): {16: Config(16, 64, 4, 2, 528), 32: Config(32, 64, 4, 2, 528), 64: Config(64, 128, 4, 2, 264)},
 }
 SOUND = SHIPPED[9, 0]
-LARGE, MORE = 1 << 27, 2  # weights of more codes take so many times the programs
+LARGE = 1 << 27  # weights of more codes take twice the programs, and a stage more for few tokens
 
 #: what a search tries; `programs` in programs for each of the GPU's processors
 CANDIDATES: dict[int, tuple[Config, ...]] = {
@@ -73,7 +73,9 @@ def config_for(m: int, size: int, bits: int, device: torch.device) -> Config:
     bucket = bucket_of(m)
     shipped = _shipped(device)
     config = shipped[bucket] if shipped else _kept(device).get((bits, bucket), SOUND[bucket])
-    return config._replace(programs=config.programs * MORE) if size > LARGE else config
+    if size <= LARGE:
+        return config
+    return config._replace(programs=2 * config.programs, stages=config.stages + (bucket == BUCKETS[0]))
 
 
 def is_needed(m: int, bits: int, device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from .common import pick_device, save_again, without_effect
 
 _NO_EFFECT = {
     "sampler": "batches are drawn at random, by seed", "lr_scheduler": "the rate falls linearly to 0, as by default",
-    "dataset_split": "a data set of qcore's is one piece", "scale_dtype": "the format decides it",
+    "scale_dtype": "the format decides it",
     "dynamic_max_gap": "tuning never stops early", "use_triton": "the file is the same for every kernel",
     "inplace": "the model stays as it is", "quantization_config": "the folder says how it was quantized",
 }  # fmt: skip
@@ -47,6 +47,7 @@ class AutoRound:
     sym: a symmetric grid; scheme="sym" or "asym" says the same. weight_config: options per linear,
         {name: {"bits": 8, "group_size": 32, "sym": True}}; 16 or more bits keep a linear in float.
     dataset: a calibration source of qcore's; None is qcore's default, which needs no network.
+    dataset_split: which part of a data set of the hub's.
     dataloader: batches of token ids, or of mappings with input_ids.
     not_use_best_mse: keep the last step rather than the best.
     """
@@ -65,6 +66,7 @@ class AutoRound:
         device: Any = None,
         dataloader: Iterable[Any] | None = None,
         dataset: str | None = None,
+        dataset_split: str = "train",
         use_quant_input: bool = True,
         enable_minmax_tuning: bool = True,
         lr: float | None = None,
@@ -94,10 +96,13 @@ class AutoRound:
             raise ConfigError(
                 "AutoRound calibrates on text, which needs a tokenizer; or give a dataloader of token ids."
             )
+        source = earlier.get("dataset", dataset)
+        if source is not None and "/" in source and not Path(source).exists():  # one of the hub's
+            source = f"{source}@{dataset_split}"
         self.model, self.tokenizer, self.dataloader = model, tokenizer, dataloader
         self.settings: dict[str, Any] = {
             "bits": bits, "group_size": group_size, "sym": sym, "samples": n_samples, "seqlen": seqlen, "seed": seed,
-            "device": pick_device(device), "calibration": earlier.get("dataset", dataset),
+            "device": pick_device(device), "calibration": source,
             "overrides": [_override(name, each) for name, each in (weight_config or {}).items()],
         }  # fmt: skip
         self.params: dict[str, Any] = {

@@ -4,6 +4,9 @@ That README had three states: of the code's first publication (`export`, scheme)
 and of 0.1 (sym).
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,6 +129,20 @@ def test_every_keyword_arrives(model, tokenizer, tokens):
     assert wanted.items() <= report["params"].items()
     assert report["calibration"]["used"] == {"samples": 4, "tokens": 64}
     assert report["seed"] == 42
+
+
+@needs_autoround
+def test_dataset_split_goes_to_the_hub_with_its_dataset(model, tokenizer, tmp_path, monkeypatch):
+    opened = []
+
+    def load_dataset(name, split):
+        opened.append((name, split))
+        return ["The quick brown fox jumps over the lazy dog. " * 20]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    AutoRound(model, tokenizer, group_size=32, iters=1, bs=1, n_samples=1, seqlen=16, dataset_name="org/texts",
+              dataset_split="validation").quantize()  # fmt: skip
+    assert opened == [("org/texts", "validation")]
 
 
 @needs_autoround

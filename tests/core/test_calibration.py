@@ -2,6 +2,7 @@ import itertools
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,6 +265,19 @@ def test_text_without_a_tokenizer_is_refused():
 def test_impossible_settings_are_config_errors(tokenizer, source, settings, says):
     with pytest.raises((ConfigError, CalibrationError), match=says):
         used(source, tokenizer, **settings)
+
+
+@pytest.mark.parametrize(("source", "split"), [("org/texts", "train"), ("org/texts@validation", "validation")])
+def test_a_hub_dataset_is_opened_at_its_split(tokenizer, monkeypatch, source, split):
+    opened = []
+
+    def load_dataset(name, split):
+        opened.append((name, split))
+        return [TEXT]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert used(source, tokenizer).report["sources"][0]["source"] == source
+    assert opened == [("org/texts", split)]
 
 
 def test_a_hub_dataset_without_the_library_says_what_to_install(tokenizer, monkeypatch):

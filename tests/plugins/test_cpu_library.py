@@ -117,3 +117,15 @@ def test_the_command_builds_it_and_says_what_it_cannot_build(elsewhere, monkeypa
     none = CliRunner().invoke(cli.cli, ["build-kernels"])
     assert isinstance(none.exception, BackendError)
     assert "nothing could be built" in str(none.exception)
+
+
+def test_a_torch_without_the_interface_is_served_through_python(monkeypatch):
+    monkeypatch.setattr(cpu_library, "TORCH_FUNCTIONS", (*cpu_library.TORCH_FUNCTIONS, "aoti_torch_of_tomorrow"))
+    assert cpu_library.register.__wrapped__() == "this torch has no aoti_torch_of_tomorrow"
+
+
+def test_a_table_of_another_length_is_not_taken():
+    if cpu_library.unavailable():
+        pytest.skip("the library is not built")
+    assert cpu_library.load().qc_torch_register(None, len(cpu_library.TORCH_FUNCTIONS)) == 1
+    assert cpu_library.load().qc_torch_register(None, 1) == 1

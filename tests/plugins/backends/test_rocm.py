@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from qcore_plugins.backends.cuda_library import CUDA
@@ -41,6 +42,30 @@ def test_products_are_made_by_matrix_instructions(tmp_path):
     assert set(re.findall(r"\.vgpr_spill_count: +(\d+)", text)) == {"0"}
 
 
+def test_products_are_right_where_the_matrix_instruction_is_imitated(tmp_path):
+    """The kernel's own code, compiled for the host: threads for lanes, v_mfma as AMD's guide describes it."""
+    compiler = shutil.which("clang++-15") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("clang++ is not installed")
+    here = Path(__file__).parent / "amd_on_host"
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-pthread",
+        "-D__HIP__",
+        "-I",
+        here,
+        "-I",
+        CUDA.sources,
+        here / "products.cpp",
+    ]
+    subprocess.run([*command, "-o", tmp_path / "products"], check=True, capture_output=True)
+    found = subprocess.run([tmp_path / "products"], check=True, capture_output=True, text=True).stdout
+    assert found.count("right") == 16
+    assert "WRONG" not in found, found
+
+
 def test_the_library_links_and_checks_its_arguments(tmp_path):
     objects = [tmp_path / f"{source}.o" for source in SOURCES]
     for source, target in zip(SOURCES, objects, strict=True):
@@ -58,11 +83,11 @@ def test_the_library_links_and_checks_its_arguments(tmp_path):
     assert library.qc_packed_bytes(5, 40, 96) == -1
     aligned = ctypes.create_string_buffer(64)
     at = -(-ctypes.addressof(aligned) // 16) * 16
-    good = [4, 0, 1, 16, 64, 64, 32, 0, at, 64, at, at, None, None, at, 16, None, 0, None, 0, 0, 0, None]
+    good = [4, 0, 1, 16, 64, 32, 0, at, 64, at, at, None, at, 16, None, 0, 0, 0, None]
     assert len(good) == len(CUDA.functions["qc_matmul"][1].split())
     for place, value, words in (
-        (0, 5, "bits must be"), (1, 2, "dtype must be"), (3, 0, "sizes out of range"), (6, 48, "group_size must be"),
-        (8, at + 2, "16-byte aligned"), (9, 32, "stride"), (10, None, "null"), (14, None, "null"),
+        (0, 5, "bits must be"), (1, 2, "dtype must be"), (3, 0, "sizes out of range"), (5, 48, "group_size must be"),
+        (7, at + 2, "16-byte aligned"), (8, 32, "stride"), (9, None, "null"), (12, None, "null"),
     ):  # fmt: skip
         wrong = [*good[:place], value, *good[place + 1 :]]
         assert words in library.qc_error_string(library.qc_matmul(*wrong)).decode(), place
