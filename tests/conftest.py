@@ -11,6 +11,7 @@ for variable in ("QCORE_DISABLE_PLUGINS", "QCORE_ONLY_PLUGINS"):
     os.environ.pop(variable, None)
 
 import pydoc_data.topics
+import re
 
 import hypothesis
 import pytest
@@ -119,6 +120,24 @@ def weights_of():
         return {name: m.weight_source() for name, m in model.named_modules() if isinstance(m, QuantLinear)}
 
     return collect
+
+
+@pytest.fixture(scope="session")
+def declared_in():
+    """A function that reads a C header: its functions' parameters by name, in the notation of `Native.functions`."""
+
+    def read(header):
+        text = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL)
+        found = {}
+        for name, parameters in re.findall(r"(qc_\w+)\(([^)]*)\);", text):
+            words = []
+            for each in parameters.split(",") if parameters.strip() != "void" else ():
+                kind, word = each.rsplit(maxsplit=1)
+                words.append(word.lstrip("*") + ("*" if "*" in each else "#" if "int64" in kind else ""))
+            found[name] = " ".join(words)
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from qcore import BlockContext
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively. CPUs are left in float32: few do, and results should not depend on which."""
+    """Whether a device multiplies bfloat16 natively. Forward passes on CPUs are left in float32: few do."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

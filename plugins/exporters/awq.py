@@ -24,7 +24,7 @@ from qcore import (
     read_json,
 )
 
-from .layouts import Columns, float_linears, grid_of, layers_of, zeros_beyond
+from .layouts import Columns, float_linears, grid_of, layers_of, why_not_one_grid, zeros_beyond
 
 LAYOUT = Columns()
 SIDE_FILE = "quant_config.json"  # where old AutoAWQ keeps its config
@@ -44,8 +44,7 @@ class Awq(TensorExporter):
 
     def why_not_together(self, layers: Sequence[LayerSpec]) -> str | None:
         """The config has one grid for all."""
-        grids = sorted({str(layer.config) for layer in layers})
-        return f"it has one grid for all linears, found {' and '.join(grids)}" if len(grids) > 1 else None
+        return why_not_one_grid(layers)
 
     def why_not_exact(self, weight: QuantizedWeight) -> str | None:
         """Integer zero points that can be stored."""

@@ -28,7 +28,7 @@ from qcore import (
     hookimpl,
 )
 
-from .layouts import Rows, grid_of, itrex, layers_of, zeros_beyond
+from .layouts import Rows, grid_of, itrex, layers_of, why_not_one_grid, zeros_beyond
 
 LAYOUT = Rows(1, g_idx=False)
 BITS, GROUP_SIZES = (2, 4, 8), (-1, 32, 128)
@@ -53,8 +53,7 @@ class Itrex(TensorExporter):
 
     def why_not_together(self, layers: Sequence[LayerSpec]) -> str | None:
         """The config has one grid for all."""
-        grids = sorted({str(layer.config) for layer in layers})
-        return f"it has one grid for all linears, found {' and '.join(grids)}" if len(grids) > 1 else None
+        return why_not_one_grid(layers)
 
     def why_not_exact(self, weight: QuantizedWeight) -> str | None:
         """Integer zero points that can be stored; 0 is a field of ones."""

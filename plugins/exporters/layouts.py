@@ -293,6 +293,12 @@ def itrex(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == "gptq" and "scale_dtype" in quantization
 
 
+def why_not_one_grid(layers: Iterable[LayerSpec]) -> str | None:
+    """Why a format whose config has one grid for all cannot hold these linears, or None."""
+    grids = sorted({str(layer.config) for layer in layers})
+    return f"it has one grid for all linears, found {' and '.join(grids)}" if len(grids) > 1 else None
+
+
 def zeros_beyond(weight: QuantizedWeight, low: int, high: int) -> str | None:
     """The zero points found, in words, when they are not integers from low to high."""
     zeros = weight.zeros

@@ -188,21 +188,8 @@ def test_a_weight_that_the_kernels_would_get_wrong_is_refused(part, value, messa
 # ---- the interface to C --------------------------------------------------------------------------------------------
 
 
-def declarations():
-    """name -> parameters in the notation of CUDA.functions, from the header."""
-    text = re.sub(r"/\*.*?\*/", "", (CUDA.sources / "qcore_cuda.h").read_text(), flags=re.DOTALL)
-    found = {}
-    for name, parameters in re.findall(r"(qc_\w+)\(([^)]*)\);", text):
-        words = []
-        for each in parameters.split(",") if parameters.strip() != "void" else ():
-            kind, word = each.rsplit(maxsplit=1)
-            words.append(word.lstrip("*") + ("*" if "*" in each else "#" if "int64" in kind else ""))
-        found[name] = " ".join(words)
-    return found
-
-
-def test_the_functions_are_those_of_the_header():
-    declared = declarations()
+def test_the_functions_are_those_of_the_header(declared_in):
+    declared = declared_in(CUDA.sources / "qcore_cuda.h")
     assert {name: declared[name] for name in CUDA.functions} == {n: p for n, (_, p) in CUDA.functions.items()}
     header = (CUDA.sources / "qcore_cuda.h").read_text()
     assert f"#define QC_CUDA_ABI {CUDA.abi}\n" in header

@@ -26,17 +26,11 @@ def spec_for(weight, device="cuda", dtype=torch.float16):
 # ---- without a GPU -------------------------------------------------------------------------------------------------
 
 
-def test_the_functions_are_those_of_the_header():
-    text = (EXLLAMA.sources / "qcore_exllama.h").read_text()
+def test_the_functions_are_those_of_the_header(declared_in):
+    header = EXLLAMA.sources / "qcore_exllama.h"
+    text = header.read_text()
     assert f"#define QC_EXLLAMA_ABI {EXLLAMA.abi}\n" in text
-    found = {}
-    for name, parameters in re.findall(r"(qc_\w+)\(([^)]*)\);", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)):
-        words = []
-        for each in parameters.split(",") if parameters.strip() != "void" else ():
-            kind, word = each.rsplit(maxsplit=1)
-            words.append(word.lstrip("*") + ("*" if "*" in each else "#" if "int64" in kind else ""))
-        found[name] = " ".join(words)
-    assert found == {name: parameters for name, (_, parameters) in EXLLAMA.functions.items()}
+    assert declared_in(header) == {name: parameters for name, (_, parameters) in EXLLAMA.functions.items()}
 
 
 def test_codes_under_the_kernels_exponents_are_exact():
