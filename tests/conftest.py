@@ -36,6 +36,16 @@ LLAMA = {
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)  # a test draws the same numbers whichever tests ran before it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    torch.manual_seed(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer of 320 tokens, trained on a page of English."""

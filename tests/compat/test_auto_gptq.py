@@ -252,7 +252,7 @@ def test_adapters_under_their_old_names(opt_folder, examples, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(5):
+    for _ in range(20):
         losses.append(adapted(input_ids=ids, labels=ids).loss)
         losses[-1].backward()
         optimizer.step()

@@ -194,6 +194,7 @@ def quantize(model=None, **settings):
     return qcore.quantize(TinyModel() if model is None else model, "autoround", **settings)
 
 
+@torch.no_grad()
 def output_error(model, original=None):
     ids = torch.stack(tiny_tokens(4, seed=9))
     expected = (original or TinyModel())(ids).logits
