@@ -20,7 +20,7 @@ SEARCH = {"none": 0, "minmax": 1, "mse": 2}  # QC_SEARCH_…
 
 CPU = Native(
     name="cpu",
-    abi=2,  # QC_CPU_ABI
+    abi=3,  # QC_CPU_ABI
     flags=recipe.FLAGS,
     functions={
         "qc_abi_version": (ctypes.c_int, ""),
@@ -47,6 +47,8 @@ CPU = Native(
             ctypes.c_int,
             "bits dtype n# columns# k# group_size# asym half_meta packed* meta* perm* weight* ldw# threads parallel*",
         ),
+        "qc_pack_codes": (ctypes.c_int, "bits layout n# k# codes* ldc# words*"),
+        "qc_unpack_codes": (ctypes.c_int, "bits layout n# k# words* codes* ldc#"),
         "qc_torch_register": (ctypes.c_int, "functions* count#"),
     },
 )
@@ -139,8 +141,13 @@ def find() -> Path:
 
 @cache
 def _compiled_from(library: Path, changed: int) -> str:
-    """The hash of the sources that a library was compiled from."""
-    source: bytes = CPU.open(library).qc_source()
+    """The hash of the sources that a library was compiled from; "" where it does not say. It may be an older one, of other functions."""
+    try:
+        function = ctypes.CDLL(str(library)).qc_source
+    except (OSError, AttributeError):
+        return ""
+    function.restype = ctypes.c_char_p
+    source: bytes = function()
     return source.decode()
 
 

@@ -126,7 +126,7 @@ _spare: list[mmap.mmap] | None = None
 def recycling() -> Iterator[None]:
     """While the block runs, large tensors of `roomy` take the memory of those that have gone, until it ends.
 
-    New memory comes as thousands of small pages, filled with zeros, which takes longer than packing what goes there (18 ms for 45 MB).
+    New memory comes as thousands of small pages, filled with zeros, which takes several times as long as packing what goes there (18 ms for 45 MB).
     """
     global _spare
     before, _spare = _spare, [] if _spare is None else _spare

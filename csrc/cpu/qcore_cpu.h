@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define QC_CPU_ABI 2
+#define QC_CPU_ABI 3
 
 enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, QC_BAD_LEVEL = 4 };
 
@@ -96,6 +96,15 @@ int qc_cpu_pack(int bits, int64_t n, int64_t columns, int64_t k, const void *cod
 int qc_cpu_dequantize(int bits, int dtype, int64_t n, int64_t columns, int64_t k, int64_t group_size, int asym, int half_meta,
                       const void *packed, const void *meta, const int32_t *perm, void *weight, int64_t ldw, int threads,
                       void *parallel);
+
+/*
+ * Codes uint8 [n][ldc], k of each row, to the words of a file's layout (codes.c draws them) and back, on the calling thread.
+ * `words` is aligned to 4 bytes. QC_DOWN: k * bits is a multiple of 32. QC_INTERLEAVED: 4 bits, n is a
+ * multiple of 8.
+ */
+enum { QC_ALONG = 0, QC_DOWN = 1, QC_INTERLEAVED = 2 };
+int qc_pack_codes(int bits, int layout, int64_t n, int64_t k, const uint8_t *codes, int64_t ldc, uint32_t *words);
+int qc_unpack_codes(int bits, int layout, int64_t n, int64_t k, const uint32_t *words, uint8_t *codes, int64_t ldc);
 
 /*
  * Give torch's dispatcher qcore::cpu_matmul and qcore::cpu_matmul_out, whose schemas the caller has defined (torch_op.c).

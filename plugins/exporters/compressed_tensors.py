@@ -29,6 +29,7 @@ from qcore import (
     packing,
 )
 
+from . import codes
 from .layouts import float_linears, grid_of, matches, zeros_beyond
 
 METHOD = "compressed-tensors"
@@ -57,7 +58,7 @@ class CompressedTensors(TensorExporter):
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See TensorExporter."""
         tensors = {
-            f"{name}.weight_packed": packing.pack(weight.codes, weight.bits),
+            f"{name}.weight_packed": codes.pack(weight.codes, weight.bits, "along"),
             f"{name}.weight_scale": weight.scales,
             f"{name}.weight_shape": torch.tensor(weight.codes.shape),
         }
@@ -237,7 +238,7 @@ def _padded_words(count: int, bits: int) -> int:
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, words] -> uint8 [rows, count], by whichever of the two packings the number of words tells."""
     if words.shape[1] == packing.words_for(count, bits):
-        return packing.unpack(words, bits, count)
+        return codes.unpack(words, bits, "along", len(words), count)
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
     return (words[..., None] >> shifts & 2**bits - 1).to(torch.uint8).flatten(1)[:, :count]
 

@@ -26,9 +26,9 @@ from qcore import (
     packing,
 )
 
+from . import codes
+
 SUFFIXES = ("qweight", "qzeros", "scales")
-#: AWQ packs eight outputs into a word; slot i (bits 4i to 4i+3) holds output ORDER[i]
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _EMBEDDING = re.compile(r"(\w*embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe|word_embeddings\w*)$")
 _HEADS = ("lm_head", "embed_out", "output")
@@ -85,7 +85,7 @@ class Rows:
         """See Layout."""
         stored = (weight.zeros - self.zero_offset).t().contiguous()
         tensors = {
-            f"{name}.qweight": _turned(packing.pack(weight.codes, weight.bits)),
+            f"{name}.qweight": codes.pack(weight.codes, weight.bits, "down"),
             f"{name}.qzeros": packing.pack(stored, weight.bits),
             f"{name}.scales": weight.scales.t().contiguous(),
         }
@@ -126,7 +126,7 @@ class Rows:
         if g_idx is None:
             g_idx = grid.group_index(layer.in_features, config.group_size)
         return QuantizedWeight(
-            codes=packing.unpack(_turned(tensors["qweight"]), config.bits, layer.in_features).contiguous(),
+            codes=codes.unpack(tensors["qweight"], config.bits, "down", layer.out_features, layer.in_features),
             scales=tensors["scales"].t().contiguous(),
             zeros=zeros.t().contiguous(),
             g_idx=g_idx,
@@ -165,8 +165,8 @@ class Columns:
     def encode(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See Layout."""
         return {
-            f"{name}.qweight": _pack_columns(weight.codes),
-            f"{name}.qzeros": _pack_columns(weight.zeros.to(torch.uint8)),
+            f"{name}.qweight": codes.pack(weight.codes, 4, "interleaved"),
+            f"{name}.qzeros": codes.pack(weight.zeros.to(torch.uint8), 4, "interleaved"),
             f"{name}.scales": weight.scales.t().contiguous(),
         }
 
@@ -187,50 +187,15 @@ class Columns:
 
     def decode(self, layer: LayerSpec, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """See Layout."""
+        out, groups = layer.out_features, tensors["scales"].shape[0]
         return QuantizedWeight(
-            codes=_unpack_columns(tensors["qweight"]),
+            codes=codes.unpack(tensors["qweight"], 4, "interleaved", out, layer.in_features),
             scales=tensors["scales"].t().contiguous(),
-            zeros=_unpack_columns(tensors["qzeros"]).to(torch.int32),
+            zeros=codes.unpack(tensors["qzeros"], 4, "interleaved", out, groups).to(torch.int32),
             g_idx=grid.group_index(layer.in_features, layer.config.group_size),
             config=layer.config,
             bias=tensors.get("bias"),
         )
-
-
-def _pack_columns(codes: Tensor) -> Tensor:
-    """uint8 [N, k] -> int32 [k, N/8], half a word at a time."""
-    eights = codes.reshape(-1, 8, codes.shape[1])  # [N/8, 8, k]
-    words = packing.roomy([len(eights), codes.shape[1]], torch.int32, eights.device)
-    halves = words.view(torch.int16).view(*words.shape, 2)
-    for part in _parts_in_cache(eights):
-        bytes_ = [eights[part, ORDER[slot]] | eights[part, ORDER[slot + 1]] << 4 for slot in (0, 2, 4, 6)]
-        for half in (0, 1):
-            low, high = bytes_[2 * half : 2 * half + 2]
-            torch.bitwise_or(low.short(), high.short() << 8, out=halves[part, :, half])
-    return _turned(words)
-
-
-def _unpack_columns(words: Tensor) -> Tensor:
-    """int32 [k, N/8] -> uint8 [N, k], a byte of all words at a time."""
-    bytes_ = _turned(words).view(torch.uint8).reshape(-1, words.shape[0], 4)  # [N/8, k, 4]
-    codes = packing.roomy([len(bytes_), 8, words.shape[0]], torch.uint8, words.device)
-    for part in _parts_in_cache(codes):
-        for byte in range(4):
-            both = bytes_[part, :, byte].contiguous()
-            torch.bitwise_and(both, 15, out=codes[part, ORDER[2 * byte]])
-            torch.bitwise_right_shift(both, 4, out=codes[part, ORDER[2 * byte + 1]])
-    return codes.flatten(0, 1)
-
-
-def _turned(matrix: Tensor) -> Tensor:
-    """A copy with rows and columns exchanged."""
-    return packing.roomy(matrix.t().shape, matrix.dtype, matrix.device).copy_(matrix.t())
-
-
-def _parts_in_cache(eights: Tensor) -> list[slice]:
-    """Cut the first of [N/8, 8, k] so that what is worked on at a time stays in a CPU's cache."""
-    step = max(1, 2**21 // max(1, 8 * eights.shape[2]))
-    return [slice(start, start + step) for start in range(0, len(eights), step)]
 
 
 def _expecting(folder: ModelFolder, name: str) -> Callable[[bool, str], None]:
