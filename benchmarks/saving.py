@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import qcore
 from qcore import Content, LayerSpec, QuantConfig
-from qcore.checkpoint import _sync, complete_folder
+from qcore.files import complete_folder, sync
 from qcore.plugins import installed
 from qcore.testing import random_weight
 
@@ -83,7 +83,7 @@ def main() -> None:
 
             def plain(tensors=tensors) -> None:
                 save_file(tensors, home / "plain.safetensors")
-                _sync(home / "plain.safetensors")
+                sync(home / "plain.safetensors")
 
             found = best({
                 "plain": plain, "save": lambda name=name: save(name), "convert": lambda name=name: convert(name),

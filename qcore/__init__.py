@@ -17,7 +17,7 @@ _HOMES = {
     "backend": ("Backend", "MatmulSpec", "speed_at"),
     "calibration": ("CalibrationDataset", "CalibrationRequest"),
     "tools.checking": ("check",),
-    "checkpoint": ("FolderExporter", "ModelFolder", "TensorExporter", "read_json"),
+    "checkpoint": ("ModelFolder",),
     "config": ("Options", "Override", "QuantConfig"),
     "tools.conversion": ("convert",),
     "errors": (
@@ -33,10 +33,12 @@ _HOMES = {
     ),
     "evaluation": ("EvalTask",),
     "exporter": ("Content", "Exporter", "LayerSpec"),
+    "files": ("read_json",),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "tools.hub": ("push_to_hub",),
     "linear": ("QuantLinear",),
     "model": ("quiet_transformers", "transposed_linears"),
+    "saving": ("FolderExporter", "TensorExporter"),
     "tools.native": ("use_in_transformers",),
     "target": ("Finding", "Subject", "Target"),
     "weight": ("QuantizedWeight",),
@@ -67,10 +69,7 @@ if TYPE_CHECKING:
     from .backend import speed_at as speed_at
     from .calibration import CalibrationDataset as CalibrationDataset
     from .calibration import CalibrationRequest as CalibrationRequest
-    from .checkpoint import FolderExporter as FolderExporter
     from .checkpoint import ModelFolder as ModelFolder
-    from .checkpoint import TensorExporter as TensorExporter
-    from .checkpoint import read_json as read_json
     from .config import Options as Options
     from .config import Override as Override
     from .config import QuantConfig as QuantConfig
@@ -87,11 +86,14 @@ if TYPE_CHECKING:
     from .exporter import Content as Content
     from .exporter import Exporter as Exporter
     from .exporter import LayerSpec as LayerSpec
+    from .files import read_json as read_json
     from .hookspecs import PLUGIN_API_VERSION as PLUGIN_API_VERSION
     from .hookspecs import hookimpl as hookimpl
     from .linear import QuantLinear as QuantLinear
     from .model import quiet_transformers as quiet_transformers
     from .model import transposed_linears as transposed_linears
+    from .saving import FolderExporter as FolderExporter
+    from .saving import TensorExporter as TensorExporter
     from .target import Finding as Finding
     from .target import Subject as Subject
     from .target import Target as Target

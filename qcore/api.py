@@ -19,19 +19,7 @@ from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
-from .checkpoint import (
-    PROVENANCE,
-    ModelFolder,
-    check_manifest,
-    check_output,
-    complete_folder,
-    disk_errors,
-    folder_config,
-    in_shards,
-    read_json,
-    resolve_model,
-    write_manifest,
-)
+from .checkpoint import ModelFolder, folder_config, resolve_model
 from .config import Override, QuantConfig
 from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
 from .errors import ConfigError, ModelError, QcoreError, suggest
@@ -39,6 +27,7 @@ from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Exporter
 from .fast import accelerate
+from .files import check_manifest, check_output, complete_folder, disk_errors, read_json, write_manifest
 from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
 from .memory import parse_bytes
@@ -59,6 +48,7 @@ from .plan import Job, check_format, check_model, make_job
 from .plugins import Plugins, installed
 from .ranks import Ranks
 from .run import announce, nobody, quantize_blocks, quantize_to_folder
+from .saving import PROVENANCE, in_shards
 from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"

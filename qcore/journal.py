@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .calibration import Calibration, TokenSequence
-from .checkpoint import ModelFolder, disk_errors, read_json, write_atomic, write_json
+from .checkpoint import ModelFolder
 from .config import QuantConfig
 from .errors import RunError
+from .files import disk_errors, read_json, write_atomic, write_json
 from .plan import Job
 from .ranks import Ranks
 from .weight import QuantizedWeight

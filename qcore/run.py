@@ -24,9 +24,10 @@ import torch
 from . import blocks as walk
 from .calibration import Calibration
 from .capture import Captured, Stream, capture_inputs
-from .checkpoint import ModelFolder, complete_folder
+from .checkpoint import ModelFolder
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
+from .files import complete_folder
 from .journal import Journal, fingerprint, provenance, renamed
 from .memory import is_out_of_memory, keeper, limited
 from .model import FolderWeights, Names

@@ -27,13 +27,13 @@ from .api import quantize
 from .backend import Backend, MatmulSpec
 from .calibration import CalibrationDataset, CalibrationRequest
 from .capture import capture_inputs
-from .checkpoint import complete_folder
 from .config import QuantConfig
 from .content import content_of
 from .errors import QcoreError
 from .evaluation import EvalTask
 from .experts import unfuse
 from .exporter import Exporter
+from .files import complete_folder
 from .linear import QuantLinear, weight_of
 from .model import ModuleWeights
 from .plugins import KINDS, Plugins, installed

@@ -32,17 +32,9 @@ from qcore import (
     hookimpl,
     read_json,
 )
-from qcore.checkpoint import (
-    PROVENANCE,
-    TensorInfo,
-    carry_files,
-    check_inside,
-    compare,
-    disk_errors,
-    read_provenance,
-    refuse,
-    write_json,
-)
+from qcore.checkpoint import TensorInfo
+from qcore.files import check_inside, disk_errors, write_json
+from qcore.saving import PROVENANCE, carry_files, compare, read_provenance, refuse
 
 from . import gguf_file, gguf_tokenizer
 from .gguf_file import BLOCK, BY_NUMBER, FLOATS, GgufFile

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .. import api
-from ..checkpoint import PROVENANCE
 from ..errors import ConfigError, suggest
+from ..saving import PROVENANCE
 
 logger = logging.getLogger("qcore.compat")
 

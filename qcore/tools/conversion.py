@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import __version__, grid
-from ..checkpoint import check_output, complete_folder, in_shards, resolve_model, write_manifest
+from ..checkpoint import resolve_model
 from ..config import QuantConfig
 from ..content import open_content
 from ..errors import CheckpointError, name_list
 from ..exporter import Content, Exporter, LayerSpec
+from ..files import check_output, complete_folder, write_manifest
 from ..model import transposed_linears
 from ..plugins import Plugins, installed
+from ..saving import in_shards
 from ..weight import QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128, -1)  # what formats and kernels have in common

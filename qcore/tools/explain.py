@@ -14,15 +14,17 @@ from .. import grid
 from ..adapter import ModelAdapter, _any_expert, is_linear
 from ..algorithm import Algorithm
 from ..api import DEFAULT_ALGORITHM, _algorithm, pick_device
-from ..checkpoint import FolderExporter, ModelFolder, ShardWriter, check_output, resolve_model
+from ..checkpoint import ModelFolder, ShardWriter, resolve_model
 from ..config import Override, QuantConfig
 from ..experts import Experts
 from ..exporter import Exporter
+from ..files import check_output
 from ..memory import parse_bytes
 from ..model import FolderWeights, Names, _get, longest, skeleton, stored_dtype
 from ..plan import Job, check_format, check_model, make_job, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
+from ..saving import FolderExporter
 from ..weight import QuantizedWeight
 from .probe import probe as try_out
 

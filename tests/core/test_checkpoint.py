@@ -11,17 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qcore import CheckpointError, ModelError, ModelFolder
-from qcore.checkpoint import (
-    INDEX,
-    SINGLE,
-    ShardWriter,
-    check_output,
-    complete_folder,
-    read_json,
-    resolve_model,
-    write_atomic,
-    write_json,
-)
+from qcore.checkpoint import INDEX, SINGLE, ShardWriter, resolve_model
+from qcore.files import check_output, complete_folder, read_json, write_atomic, write_json
 from qcore.plugins import Plugins, installed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool]
@@ -249,7 +240,7 @@ def test_equal_content_gives_equal_bytes_and_data_is_aligned(tmp_path):
 
 
 def test_work_on_threads_keeps_its_order_and_takes_one_thread_each():
-    from qcore.checkpoint import in_order
+    from qcore.saving import in_order
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)

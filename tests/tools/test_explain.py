@@ -7,9 +7,10 @@ from zoo import build
 
 import qcore
 from qcore import ModelError
-from qcore.checkpoint import FolderExporter, ModelFolder
+from qcore.checkpoint import ModelFolder
 from qcore.cli import cli
 from qcore.plugins import installed
+from qcore.saving import FolderExporter
 from qcore.tools.explain import explain
 
 

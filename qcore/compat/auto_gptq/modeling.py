@@ -13,8 +13,8 @@ from torch import nn
 
 from ... import api
 from ...adapter import ModelAdapter
-from ...checkpoint import read_json
 from ...errors import CheckpointError, ConfigError, ModelError
+from ...files import read_json
 from ..common import logger, pick_device, save_again, without_effect
 
 SIDE_FILE = "quantize_config.json"
