@@ -114,6 +114,8 @@ def limit_level(library: ctypes.CDLL, name: str) -> None:
 
 def unavailable() -> str | None:
     """Why there is no library, or None. One that is named and cannot be used raises BackendError instead."""
+    if load.cache_info().currsize:  # this is asked for with every layer, and finding out reads the sources
+        return None
     if CPU.named() is None:
         try:
             find()

@@ -417,6 +417,7 @@ def test_without_a_library_the_reference_serves_and_the_reason_is_told(monkeypat
 
     monkeypatch.delenv("QCORE_CPU_LIBRARY", raising=False)
     monkeypatch.setattr(cpu_library, "find", missing)
+    cpu_library.load.cache_clear()  # as in a process that has not used it
     backends = list(installed().usable("backend").values())
     spec = MatmulSpec(QuantConfig(bits=4, group_size=128), 256, 64, False, torch.float32, torch.device("cpu"))
     assert qcore.backend.choose(backends, spec).name == "torch_reference"
