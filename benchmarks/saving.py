@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from measuring import Clock
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,11 @@ from qcore.files import complete_folder, sync
 from qcore.plugins import installed
 from qcore.testing import random_weight
 
-FORMATS = ("gptq", "awq", "autoround", "compressed-tensors")
+FORMATS = ("gptq", "awq", "autoround", "compressed-tensors", "gguf")
+CONFIG = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "float16",
+}  # fmt: skip
 
 
 def content_of(layers: int) -> Content:
@@ -34,7 +39,7 @@ def content_of(layers: int) -> Content:
     drawn = [random_weight(4096, 11008, config, seed=seed) for seed in range(min(8, layers))]
     packed = {f"model.layers.{n}.mlp.down_proj": drawn[n % len(drawn)] for n in range(layers)}
     specs = {name: LayerSpec(name, config, 11008, 4096) for name in packed}
-    return Content({"model_type": "llama"}, specs, packed.__getitem__, (), {}.__getitem__)
+    return Content({**CONFIG, "num_hidden_layers": layers}, specs, packed.__getitem__, (), {}.__getitem__)
 
 
 def best(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
@@ -77,9 +82,14 @@ def main() -> None:
             save(name)
         for name in FORMATS:
             save(name)
-            file = home / name / "model.safetensors"
-            size, tensors = file.stat().st_size / 1e6, load_file(file)
-            tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # saving takes the file away
+            file = max((home / name).iterdir(), key=lambda file: file.stat().st_size)
+            size = file.stat().st_size / 1e6
+            stored = (
+                load_file(file)
+                if file.suffix == ".safetensors"
+                else {"bytes": torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)}
+            )
+            tensors = {key: tensor.clone() for key, tensor in stored.items()}  # saving takes the file away
 
             def plain(tensors=tensors) -> None:
                 save_file(tensors, home / "plain.safetensors")

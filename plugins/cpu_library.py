@@ -49,6 +49,8 @@ CPU = Native(
         ),
         "qc_pack_codes": (ctypes.c_int, "bits layout n# k# codes* ldc# words*"),
         "qc_unpack_codes": (ctypes.c_int, "bits layout n# k# words* codes* ldc#"),
+        "qc_pack_blocks": (ctypes.c_int, "bits blocks# codes* d* m* packed*"),
+        "qc_unpack_blocks": (ctypes.c_int, "bits blocks# packed* codes* d* m*"),
         "qc_torch_register": (ctypes.c_int, "functions* count#"),
     },
 )

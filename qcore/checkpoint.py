@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, ModelError, name_list
-from .files import check_inside, disk_errors, read_json, write_json
+from .files import Flusher, check_inside, disk_errors, read_json, write_json
 from .packing import roomy
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ class ModelFolder:
                         if pinned
                         else roomy(info.shape, info.dtype)
                     )
-                    yield name, _filled(tensor, stream, info.start, name)
+                    yield name, filled(tensor, stream, info.start, name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -181,7 +180,7 @@ def _starts(path: Path) -> dict[str, int]:
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _filled(tensor: Tensor, stream: Any, start: int, name: str) -> Tensor:
+def filled(tensor: Tensor, stream: Any, start: int, name: str) -> Tensor:
     """Read a tensor's bytes from where they begin in a file straight to where they shall be."""
     left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     stream.seek(start)
@@ -211,8 +210,7 @@ class ShardWriter:
         self.total = 0
         self._file: Any = None
         self._written = 0
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
+        self._disk = Flusher()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; shapes, dtype and order are kept."""
@@ -236,10 +234,7 @@ class ShardWriter:
         data = bytes_of(tensor)
         with disk_errors(f"writing {path}"):
             self._file.write(data)
-            if self._flushing is None or self._flushing.done():
-                self._flushed()
-                self._file.flush()
-                self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
+            self._disk.nudge(self._file)
         self._written += size
         self.total += size
 
@@ -255,13 +250,7 @@ class ShardWriter:
         path, header = next(shard for shard in reversed(self.shards) if name in shard[1])
         start = 8 + self.room + header[name]["data_offsets"][0]
         with path.open("rb", buffering=0) as file:
-            return _filled(roomy(shape, dtype), file, start, name)
-
-    def _flushed(self) -> None:
-        """Wait for the disk, and raise what it has to say."""
-        if self._flushing is not None:
-            self._flushing.result()
-            self._flushing = None
+            return filled(roomy(shape, dtype), file, start, name)
 
     def _finish_shard(self) -> None:
         if self._file is None:
@@ -271,11 +260,10 @@ class ShardWriter:
         if len(encoded) > self.room:
             raise CheckpointError(f"the header of {path} needs {len(encoded)} bytes, {self.room} were reserved.")
         with disk_errors(f"writing {path}"):
-            self._flushed()
+            self._disk.wait()
             self._file.seek(0)
             self._file.write(self.room.to_bytes(8, "little") + encoded)
-            self._file.flush()
-            self._flushing = self._flusher.submit(_sync_and_close, self._file)
+            self._disk.close(self._file)
         self._file = None
 
     def close(self) -> None:
@@ -297,17 +285,11 @@ class ShardWriter:
     def settle(self) -> None:
         """Wait for the disk."""
         with disk_errors(f"writing {self.folder}"):
-            self._flushed()
-        self._flusher.shutdown()
+            self._disk.settle()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _sync_and_close(file: Any) -> None:
-    with file:
-        os.fsync(file.fileno())
 
 
 def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> Path:

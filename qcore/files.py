@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,43 @@ def check_inside(path: Path, folder: Path) -> None:
         root = root.parent.parent
     if not path.resolve().is_relative_to(root):
         raise CheckpointError(f"{path} is a link out of the folder, to {path.resolve()}. Copy the file if it is meant.")
+
+
+class Flusher:
+    """Sends a file's pages to the disk on a thread of its own, while more is made and written."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def nudge(self, file: Any) -> None:
+        """Flush an open file, unless the disk has not finished with what it got before."""
+        if self._under_way is None or self._under_way.done():
+            self.wait()
+            file.flush()
+            self._under_way = self._thread.submit(os.fsync, file.fileno())
+
+    def close(self, file: Any) -> None:
+        """Flush a file once more and close it, in the background; `settle` waits for it."""
+        self.wait()
+        file.flush()
+        self._under_way = self._thread.submit(_sync_and_close, file)
+
+    def wait(self) -> None:
+        """Wait for the disk, and raise what it has to say."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def settle(self) -> None:
+        """Wait, for the last time."""
+        self.wait()
+        self._thread.shutdown()
+
+
+def _sync_and_close(file: Any) -> None:
+    with file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class FolderExporter(Exporter):
 
         with recycling():
             for name, difference in in_order(lambda proof: proof(), written()):
-                _expect_same(folder, name, difference)
+                expect_same(folder, name, difference)
         writer.close()
         write_json(folder / PROVENANCE, dict(content.provenance), atomic=False)
         carry_files(content, folder)
@@ -222,13 +222,6 @@ def refuse(exporter: Exporter, content: Content) -> None:
         raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
 
 
-def compare(content: Content, again: Content, folder: Path) -> None:
-    """Raise CheckpointError unless what was read back holds the same linears, bit for bit, and the same other tensors."""
-    compare_names(content, again, folder)
-    for name in content.layers:
-        _expect_same(folder, name, content.weight(name).difference(again.weight(name)))
-
-
 def compare_names(content: Content, again: Content, folder: Path) -> None:
     """Raise CheckpointError unless what was read back holds the same linears, by their grids and sizes, and other tensors."""
     for name in sorted(set(content.layers) ^ set(again.layers)):
@@ -246,7 +239,8 @@ def compare_names(content: Content, again: Content, folder: Path) -> None:
         raise CheckpointError(f"{folder}: stray or missing tensors: {name_list(strays)}.")
 
 
-def _expect_same(folder: Path, name: str, difference: str | None) -> None:
+def expect_same(folder: Path, name: str, difference: str | None) -> None:
+    """Raise CheckpointError when there is a difference between what was written and what stands in the file."""
     if difference:
         raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
 

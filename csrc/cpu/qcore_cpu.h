@@ -107,6 +107,13 @@ int qc_pack_codes(int bits, int layout, int64_t n, int64_t k, const uint8_t *cod
 int qc_unpack_codes(int bits, int layout, int64_t n, int64_t k, const uint32_t *words, uint8_t *codes, int64_t ldc);
 
 /*
+ * Codes uint8 [blocks][32] with a scale d for each block, and an offset m where it is not null, to GGUF's blocks of 4, 5 or 8 bits
+ * (8 has no offset) and back (blocks.c). d and m are halves as they are.
+ */
+int qc_pack_blocks(int bits, int64_t blocks, const uint8_t *codes, const uint16_t *d, const uint16_t *m, uint8_t *packed);
+int qc_unpack_blocks(int bits, int64_t blocks, const uint8_t *packed, uint8_t *codes, uint16_t *d, uint16_t *m);
+
+/*
  * Give torch's dispatcher qcore::cpu_matmul and qcore::cpu_matmul_out, whose schemas the caller has defined (torch_op.c).
  *
  * functions   torch's C functions, omp_get_max_threads and GOMP_parallel, in the order of the struct there; count of them

@@ -1,101 +1,24 @@
-"""The container GGUF: reading one from anywhere with every count and offset checked, and the blocks inside (docs/formats.md).
-
-A block holds 32 consecutive inputs of one output. Q4_0, Q5_0 and Q8_0 are symmetric, x = d * (q - 2**(b-1)); Q4_1 and Q5_1
-have an offset, x = d * q + m. d and m are float16.
-"""
+"""The container GGUF: reading one from anywhere with every count and offset checked (docs/formats.md)."""
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qcore import CheckpointError, QuantizedWeight, grid
+from qcore import CheckpointError, packing
+from qcore.checkpoint import filled
 
-BLOCK = 32
+from .gguf_blocks import BLOCK, BY_NUMBER, TYPES
 
-
-@dataclass(frozen=True)
-class BlockType:
-    """A quantized type: its number in the file, width of a code, whether it has an offset, bytes of a block."""
-
-    name: str
-    number: int
-    bits: int
-    offset: bool
-    size: int
-    file_type: int  # of a file that is mostly of this type
-
-
-TYPES = (
-    BlockType("Q4_0", 2, 4, False, 18, 2),
-    BlockType("Q4_1", 3, 4, True, 20, 3),
-    BlockType("Q5_0", 6, 5, False, 22, 8),
-    BlockType("Q5_1", 7, 5, True, 24, 9),
-    BlockType("Q8_0", 8, 8, False, 34, 7),
-)
-BY_NUMBER = {each.number: each for each in TYPES}
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-
-
-def encode(kind: BlockType, codes: Tensor, scales: Tensor, zeros: Tensor) -> np.ndarray:
-    """Codes uint8 [N, K] of the type's own grid, scales float16 [N, K/32] and zeros [N, K/32] -> blocks uint8 [N, bytes]."""
-    rows, blocks = scales.shape
-    parts = [scales.contiguous().view(torch.uint8).reshape(rows, blocks, 2)]
-    if kind.offset:
-        parts.append(offsets(scales, zeros).contiguous().view(torch.uint8).reshape(rows, blocks, 2))
-    codes = codes.reshape(rows, blocks, BLOCK)
-    if kind.bits == 8:
-        parts.append(codes ^ 0x80)  # minus 128, as int8
-    else:
-        if kind.bits == 5:
-            high = (codes >> 4).reshape(rows, blocks, 4, 8)
-            parts.append((high << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
-        low = codes & 15
-        parts.append(low[..., :16] | low[..., 16:] << 4)
-    found: np.ndarray = torch.cat(parts, -1).flatten(1).numpy()
-    return found
-
-
-def decode(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks uint8 [N, bytes] -> codes uint8 [N, K], scales float16 [N, K/32], offsets float16 [N, K/32] (0 without)."""
-    parts = blocks.reshape(blocks.shape[0], -1, kind.size)
-    scales = parts[..., :2].contiguous().view(torch.float16)[..., 0]
-    start = 2
-    low = torch.zeros_like(scales)
-    if kind.offset:
-        low, start = parts[..., 2:4].contiguous().view(torch.float16)[..., 0], 4
-    if kind.bits == 8:
-        return (parts[..., start:] ^ 0x80).flatten(1), scales, low
-    packed = parts[..., -16:]
-    codes = torch.cat((packed & 15, packed >> 4), -1)
-    if kind.bits == 5:
-        high = parts[..., start : start + 4, None] >> torch.arange(8, dtype=torch.uint8) & 1
-        codes = codes | high.flatten(-2) << 4
-    return codes.flatten(1), scales, low
-
-
-def offsets(scales: Tensor, zeros: Tensor) -> Tensor:
-    """m = -d * z, rounded to float16."""
-    return (-scales.float() * zeros.float()).half()
-
-
-def zeros_from(scales: Tensor, low: Tensor) -> Tensor:
-    """The zero points that offsets stand for: integers int32 where they give these very offsets, else -m/d, floating."""
-    exact = -low.float() / torch.where(scales == 0, torch.ones_like(scales), scales).float()
-    whole = exact.round()
-    if bool((offsets(scales, whole) == low).all()) and bool((whole.abs() < 2**15).all()):
-        return whole.to(torch.int32)
-    return exact
 
 
 @dataclass(frozen=True)
@@ -214,29 +137,11 @@ class GgufFile:
     def bytes_of(self, name: str) -> Tensor:
         """A tensor's bytes, uint8 [rows, bytes of a row]; a vector is one row."""
         entry = self.tensors[name]
-        with self.path.open("rb") as handle:
-            raw = bytearray(os.pread(handle.fileno(), entry.size, entry.start))
-        if len(raw) != entry.size:
-            raise self._wrong(f"tensor {name!r} is cut off")
-        return torch.frombuffer(raw, dtype=torch.uint8).reshape(entry.shape[0] if len(entry.shape) > 1 else 1, -1)
+        rows = entry.shape[0] if len(entry.shape) > 1 else 1
+        with self.path.open("rb", buffering=0) as handle:
+            return filled(packing.roomy([rows, entry.size // rows], torch.uint8), handle, entry.start, name)
 
     def floats(self, name: str) -> Tensor:
         """A tensor that is not quantized."""
         entry = self.tensors[name]
         return self.bytes_of(name).flatten().view(FLOATS[entry.kind]).reshape(entry.shape)
-
-
-def type_for(bits: int, sym: bool) -> BlockType | None:
-    """The smallest type that holds a grid: one without an offset for symmetric grids, one with for others."""
-    fits = [each for each in TYPES if each.offset != sym and each.bits >= bits]
-    return min(fits, key=lambda each: each.size, default=None)
-
-
-def into_type(kind: BlockType, weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight's codes, scales and zeros in a type's own grid, scales and zeros per block.
-
-    A narrower symmetric grid is moved to the middle of the wider one; what it stands for stays the same.
-    """
-    blocks = weight.g_idx[::BLOCK].long()
-    shift = 0 if kind.offset else grid.symmetric_zero(kind.bits) - grid.symmetric_zero(weight.bits)
-    return weight.codes + shift, weight.scales.half()[:, blocks], weight.zeros[:, blocks]

@@ -7,11 +7,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from qcore_plugins.exporters import gguf_file
+from qcore_plugins import cpu_library
+from qcore_plugins.exporters import gguf_blocks, gguf_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcore
-from qcore import CheckpointError, Content, LayerSpec, QuantConfig, QuantizedWeight
+from qcore import BackendError, CheckpointError, Content, LayerSpec, QuantConfig, QuantizedWeight
 from qcore.content import open_content
 from qcore.plugins import installed
 from qcore.testing import random_weight, tiny_transformer
@@ -28,22 +29,47 @@ GRIDS = [(2, True), (3, True), (4, True), (5, True), (6, True), (7, True), (8, T
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 def test_blocks_decode_as_the_gguf_package_decodes_them(bits, sym, group_size):
     weight = random_weight(8, 160, QuantConfig(bits=bits, group_size=group_size, sym=sym))
-    kind = gguf_file.type_for(bits, sym)
-    blocks = gguf_file.encode(kind, *gguf_file.into_type(kind, weight))
+    kind = gguf_blocks.type_for(bits, sym)
+    blocks = gguf_blocks.encode(kind, *gguf_blocks.into_type(kind, weight))
     assert blocks.shape == (8, 160 // 32 * kind.size)
-    dense = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.number))
+    dense = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType(kind.number))
     step = float(weight.scales.abs().max())
     # an offset m = -d z is rounded to float16: at most half a unit in its last place, z d 2**-11
     assert np.abs(dense - weight.dequantize().numpy()).max() <= (0 if sym else step * weight.config.maxq * 2**-11)
-    codes, scales, low = gguf_file.decode(kind, torch.from_numpy(blocks))
-    assert torch.equal(codes, gguf_file.into_type(kind, weight)[0])
+    codes, scales, low = gguf_blocks.decode(kind, blocks)
+    assert torch.equal(codes, gguf_blocks.into_type(kind, weight)[0])
     assert torch.equal(scales, weight.scales[:, weight.g_idx[::32].long()])
     if not sym:
-        assert torch.equal(gguf_file.zeros_from(scales, low), weight.zeros[:, weight.g_idx[::32].long()])
+        assert torch.equal(gguf_blocks.zeros_from(scales, low), weight.zeros[:, weight.g_idx[::32].long()])
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
+def test_compiled_and_torch_agree(kind, monkeypatch):
+    weight = random_weight(7, 352, QuantConfig(bits=kind.bits, group_size=64, sym=not kind.offset))
+    parts = gguf_blocks.into_type(kind, weight)
+    blocks = gguf_blocks.encode(kind, *parts)
+    found = gguf_blocks.decode(kind, blocks)
+    monkeypatch.setattr(gguf_blocks, "_native", lambda tensor: False)
+    assert torch.equal(gguf_blocks.encode(kind, *parts), blocks)
+    for one, other in zip(found, gguf_blocks.decode(kind, blocks), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert gguf_blocks.weight_of(kind, blocks, weight.config).equal(weight)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bits": 3}, {"blocks": 0}, {"codes": 0}, {"d": 0}, {"packed": 0}, {"bits": 8}, {"m": 1}]
+)
+def test_the_library_refuses_what_are_no_blocks(wrong):
+    held = {name: torch.zeros(64, dtype=torch.uint8) for name in ("codes", "d", "m", "packed")}
+    values = {"bits": 4, "blocks": 1, **{name: each.data_ptr() for name, each in held.items()}, **wrong}
+    for function, order in (("pack", ("codes", "d", "m", "packed")), ("unpack", ("packed", "codes", "d", "m"))):
+        arguments = [values[name] for name in ("bits", "blocks", *order)]
+        with pytest.raises(BackendError, match=f"qc_{function}_blocks failed"):
+            cpu_library.CPU.call(cpu_library.load(), f"qc_{function}_blocks", *arguments)
 
 
 def test_the_types_are_those_of_the_gguf_package():
-    for kind in gguf_file.TYPES:
+    for kind in gguf_blocks.TYPES:
         theirs = gguf.GGMLQuantizationType[kind.name]
         assert (theirs.value, gguf.GGML_QUANT_SIZES[theirs]) == (kind.number, (32, kind.size))
         assert gguf.LlamaFileType[f"MOSTLY_{kind.name}"] == kind.file_type
