@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -215,6 +216,30 @@ def test_gptq_converts_to_gguf_and_back_without_a_changed_bit(tmp_path, llama_fo
     assert qcore.inspect(middle)["bits_per_weight"] == 5  # 20 bytes for 32 weights
     with torch.no_grad():
         assert torch.equal(qcore.load(last)(tokens[0][None]).logits, qcore.load(first)(tokens[0][None]).logits)
+
+
+def test_what_stays_in_float_is_read_when_its_turn_comes(tmp_path, llama_folder):
+    """No tensor waits in memory while others are written; in a folder's headers stands what the file's header needs."""
+    first = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "gptq", format="gptq")
+    content, out, read = open_content(first)[1], tmp_path / "gguf", []
+
+    def tensor(name):
+        read.append((name, (out / "model.gguf").stat().st_size))
+        return content.tensor(name)
+
+    out.mkdir()
+    GGUF.save(replace(content, tensor=tensor), out)
+    assert sorted(name for name, _ in read) == sorted(content.tensors)  # each once
+    assert 0 < read[0][1] < read[-1][1]  # the file has grown meanwhile
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, llama_folder, monkeypatch):
+    first = qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "gptq", format="gptq")
+    encode = gguf_blocks.encode
+    monkeypatch.setattr(gguf_blocks, "encode", lambda *parts: encode(*parts) ^ 64)
+    with pytest.raises(CheckpointError, match="reads back with a different"):
+        qcore.convert(first, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
