@@ -8,11 +8,15 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcore import BackendError
 
 from .csrc import build as recipe
 from .native import Native, run_compiler
+
+if TYPE_CHECKING:
+    import torch
 
 OK, SCALE_OVERFLOW = 0, 3  # QC_OK, QC_SCALE_OVERFLOW of qcore_cpu.h
 LEVELS = ("best", "portable", "avx2", "avx512", "avx512_bf16")  # instruction sets, as QC_LEVEL_… number them
@@ -125,6 +129,11 @@ def unavailable() -> str | None:
             return str(error)
     load()
     return None
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is where the library works, and the library is there."""
+    return tensor.device.type == "cpu" and unavailable() is None
 
 
 def find() -> Path:

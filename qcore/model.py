@@ -376,9 +376,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise ModelError when a floating tensor holds NaN or Inf."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    ends = torch.stack(
-        tensor.aminmax()
-    )  # NaN wherever there is one; forty times as fast as looking at each value's bits
+    # NaN wherever there is one; forty times as fast as looking at each value's bits
+    ends = torch.stack(tensor.aminmax())
     if not bool(torch.isfinite(ends).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(f"{name} holds {bad} values that are NaN or Inf; the model file is damaged or diverged.")

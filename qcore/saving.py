@@ -76,10 +76,7 @@ class FolderExporter(Exporter):
         reader = self.reader(folder)
 
         def encoded(layer: LayerSpec) -> tuple[LayerSpec, QuantizedWeight, dict[str, Tensor]]:
-            weight = content.weight(layer.name)
-            reason = self.why_not_exact(weight)
-            if reason:
-                raise CheckpointError(f"format {self.name!r} cannot hold {layer.name}: {reason}.")
+            weight = exact_weight(self, content, layer.name)
             bias = {} if weight.bias is None else {f"{layer.name}.bias": weight.bias}
             return layer, weight, {**self.encode(layer.name, weight), **bias}
 
@@ -259,6 +256,15 @@ def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
     changed = copy.copy(exporter)
     changed.shard_bytes = shard_bytes
     return changed
+
+
+def exact_weight(exporter: Exporter, content: Content, name: str) -> QuantizedWeight:
+    """Return a linear's weight; raise CheckpointError when a format cannot hold its values."""
+    weight = content.weight(name)
+    reason = exporter.why_not_exact(weight)
+    if reason:
+        raise CheckpointError(f"format {exporter.name!r} cannot hold {name}: {reason}.")
+    return weight
 
 
 def in_order(work: Callable[[K], V], items: Iterable[K]) -> Iterator[V]:

@@ -23,7 +23,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def pack(codes: Tensor, bits: int, layout: str) -> Tensor:
     """Pack codes uint8 [N, K] into the words of a layout, int32."""
     out, columns = codes.shape
-    if not _native(codes):
+    if not cpu_library.serves(codes):
         return _pack(codes, bits, layout)
     codes = codes.contiguous()
     words = packing.roomy(_shape(bits, layout, out, columns), torch.int32)
@@ -41,7 +41,7 @@ def unpack(words: Tensor, bits: int, layout: str, out: int, columns: int) -> Ten
     expected = _shape(bits, layout, out, columns)
     if tuple(words.shape) != expected or words.dtype != torch.int32:
         raise CheckpointError(f"packed codes are {words.dtype} {list(words.shape)}, expected int32 {list(expected)}.")
-    if not _native(words):
+    if not cpu_library.serves(words):
         return _unpack(words, bits, layout, columns)
     words = words.contiguous()
     codes = packing.roomy((out, columns), torch.uint8)
@@ -55,10 +55,6 @@ def _shape(bits: int, layout: str, out: int, columns: int) -> tuple[int, int]:
     if layout == "along":
         return out, packing.words_for(columns, bits)
     return (columns * bits // 32, out) if layout == "down" else (columns, out // 8)
-
-
-def _native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and cpu_library.unavailable() is None
 
 
 def _pack(codes: Tensor, bits: int, layout: str) -> Tensor:

@@ -32,9 +32,9 @@ from qcore.checkpoint import TensorInfo
 from qcore.files import check_inside, disk_errors, write_json
 from qcore.saving import PROVENANCE, carry_files, compare_names, read_provenance, refuse
 
-from . import gguf_blocks, gguf_file, gguf_write
+from . import gguf_blocks, gguf_write
 from .gguf_blocks import BLOCK, BY_NUMBER
-from .gguf_file import FLOATS, GgufFile
+from .gguf_file import FLOATS, Entry, GgufFile
 from .gguf_names import ARCHITECTURES, as_model_has, heads_of
 from .gguf_write import LAYERS, rope_of
 
@@ -85,7 +85,7 @@ class Gguf(Exporter):
         """Write the file, proving each tensor, and what belongs beside it; open it in the end."""
         refuse(self, content)
         with disk_errors(f"writing {folder / FILE}"):
-            gguf_write.write(content, folder / FILE, self.why_not_exact)
+            gguf_write.write(content, folder / FILE, self)
         quantization = {"quant_method": self.name, "file": FILE}
         write_json(folder / "config.json", {**content.config, "quantization_config": quantization})
         write_json(folder / PROVENANCE, dict(content.provenance))
@@ -173,7 +173,7 @@ class GgufFolder(ModelFolder):
         except (TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
             raise CheckpointError(f"{self.file.path}: field {LAYERS} cannot be read: {error}") from None
 
-    def _layer(self, name: str, entry: gguf_file.Entry, kept: QuantConfig | None) -> LayerSpec:
+    def _layer(self, name: str, entry: Entry, kept: QuantConfig | None) -> LayerSpec:
         kind = BY_NUMBER[entry.kind]
         if len(entry.shape) != 2:
             raise CheckpointError(f"{self.file.path}: layer {name}: shape {list(entry.shape)}, expected a matrix.")
@@ -189,7 +189,7 @@ class GgufFolder(ModelFolder):
             return TensorInfo(self.file.path.name, torch.uint8, (entry.size,))
         return TensorInfo(self.file.path.name, self._float_dtype(entry), entry.shape)
 
-    def _float_dtype(self, entry: gguf_file.Entry) -> torch.dtype:
+    def _float_dtype(self, entry: Entry) -> torch.dtype:
         """Vectors are written as float32 whatever they were; they take the model's dtype again."""
         return self.dtype if len(entry.shape) == 1 else FLOATS[entry.kind]
 

@@ -44,7 +44,7 @@ BY_NUMBER = {each.number: each for each in TYPES}
 def encode(kind: BlockType, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Codes uint8 [N, K] of the type's own grid, scales float16 [N, K/32] and zeros [N, K/32] -> blocks uint8 [N, bytes]."""
     low = offsets(scales, zeros).contiguous() if kind.offset else None
-    if not _native(codes):
+    if not cpu_library.serves(codes):
         return _encode(kind, codes, scales, low)
     codes, scales = codes.contiguous(), scales.contiguous()
     packed = packing.roomy([len(codes), scales.shape[1] * kind.size], torch.uint8)
@@ -57,7 +57,7 @@ def encode(kind: BlockType, codes: Tensor, scales: Tensor, zeros: Tensor) -> Ten
 
 def decode(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Blocks uint8 [N, bytes] -> codes uint8 [N, K], scales float16 [N, K/32], offsets float16 [N, K/32] (None without)."""
-    if not _native(blocks):
+    if not cpu_library.serves(blocks):
         return _decode(kind, blocks)
     blocks = blocks.contiguous()
     rows, count = len(blocks), blocks.shape[1] // kind.size
@@ -69,10 +69,6 @@ def decode(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         None if low is None else low.data_ptr(),
     )  # fmt: skip
     return codes, scales, low
-
-
-def _native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and cpu_library.unavailable() is None
 
 
 def _encode(kind: BlockType, codes: Tensor, scales: Tensor, low: Tensor | None) -> Tensor:

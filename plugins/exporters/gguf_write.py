@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore import CheckpointError, ConfigError, Content, QuantConfig, QuantizedWeight
+from qcore import CheckpointError, ConfigError, Content, Exporter, QuantConfig
 from qcore.checkpoint import filled
 from qcore.files import Flusher
 from qcore.packing import recycling, roomy
-from qcore.saving import expect_same, in_order
+from qcore.saving import exact_weight, expect_same, in_order
 
 from . import gguf_blocks, gguf_tokenizer
 from .gguf_blocks import BLOCK
@@ -45,7 +45,7 @@ class Piece:
     make: Callable[[], tuple[Tensor, Proof]]
 
 
-def write(content: Content, path: Path, why_not_exact: Callable[[QuantizedWeight], str | None]) -> None:
+def write(content: Content, path: Path, exporter: Exporter) -> None:
     """Stream a model into a file; raises CheckpointError when a tensor cannot be held or reads back differently."""
     gguf = _library()
     architecture = ARCHITECTURES[content.config["model_type"]]
@@ -57,7 +57,7 @@ def write(content: Content, path: Path, why_not_exact: Callable[[QuantizedWeight
     for name, layer in content.layers.items():
         by_grid.setdefault(layer.config, []).append(name)
     writer.add_string(LAYERS, json.dumps([[config.model_dump(), names] for config, names in by_grid.items()]))
-    pieces = [*_linears(content, architecture, why_not_exact), *_floats(content, architecture)]
+    pieces = [*_linears(content, architecture, exporter), *_floats(content, architecture)]
     for piece in pieces:
         writer.add_tensor_info(piece.theirs, piece.shape, np.dtype(np.uint8), math.prod(piece.shape), piece.kind)
     writer.write_header_to_file(path)
@@ -101,14 +101,9 @@ def _named(architecture: Architecture, name: str) -> str:
     return found
 
 
-def _linears(
-    content: Content, architecture: Architecture, why_not_exact: Callable[[QuantizedWeight], str | None]
-) -> Iterator[Piece]:
+def _linears(content: Content, architecture: Architecture, exporter: Exporter) -> Iterator[Piece]:
     def blocks(name: str, heads: int) -> tuple[Tensor, Proof]:
-        weight = content.weight(name)
-        reason = why_not_exact(weight)
-        if reason:
-            raise CheckpointError(f"format 'gguf' cannot hold {name}: {reason}.")
+        weight = exact_weight(exporter, content, name)
         kind = gguf_blocks.type_for(weight.bits, weight.sym)
         assert kind is not None
         made = gguf_blocks.encode(kind, *gguf_blocks.into_type(kind, weight))

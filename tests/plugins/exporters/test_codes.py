@@ -54,7 +54,7 @@ def test_what_goes_past_the_cache(layout, bits):
 
 
 def test_without_the_library(monkeypatch):
-    monkeypatch.setattr(codes, "_native", lambda tensor: False)
+    monkeypatch.setattr(cpu_library, "serves", lambda tensor: False)
     for layout, bits in (("along", 3), ("down", 3), ("interleaved", 4)):
         check(layout, bits, 64, 96)
 
