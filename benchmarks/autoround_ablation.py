@@ -27,6 +27,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "half the lr": {"lr": 0.5},
     "twice the lr": {"lr": 2.0},
     "float_targets 0.5 in GPTQ's start": {"float_targets": 0.5},
+    "shrink 0.4 in GPTQ's start": {"shrink": 0.4},
+    "computed in float32 (amp off)": {"amp": False},
     "float inputs (use_quant_input off)": {"use_quant_input": False},
     "last parameters (checks=0)": {"checks": 0},
     "outliers 0.001 left out": {"outliers": 0.001},

@@ -19,14 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 OK, SCALE_OVERFLOW = 0, 3  # QC_OK, QC_SCALE_OVERFLOW of qcore_cpu.h
-LEVELS = (
-    "best",
-    "portable",
-    "avx2",
-    "avx512",
-    "avx512_vnni",
-    "avx512_bf16",
-)  # instruction sets, as QC_LEVEL_… number them
+#: instruction sets, as QC_LEVEL_… number them
+LEVELS = ("best", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 SEARCH = {"none": 0, "minmax": 1, "mse": 2}  # QC_SEARCH_…
 
 CPU = Native(

@@ -19,7 +19,9 @@
  *
  * An element of a panel is a float; two bfloat16 of neighbouring columns; or two integers of 16 bits, what x is in units of a power of
  * two that up to 256 columns of a token share (a segment), so that 32 products are one instruction where there are none of bfloat16.
+ * With AMX a panel is 16 rows, and in it each block of 32 columns lies row by row.
  */
+#define _GNU_SOURCE /* syscall */
 #include "qcore_cpu.h"
 
 #include <math.h>
@@ -41,7 +43,7 @@
 typedef float panel_float; /* an element of a panel: a float, or a pair of numbers of 16 bits */
 typedef void (*Parallel)(void (*work)(void *), void *job, unsigned threads, unsigned flags); /* GOMP_parallel */
 
-enum { FLOATS, BFLOATS, INTEGERS }; /* what panels hold: the latter two in pairs */
+enum { FLOATS, BFLOATS, INTEGERS, TILES }; /* what panels hold: all but the first in pairs; TILES are bfloat16 as AMX takes them */
 
 typedef struct Matmul {
     int bits, dtype, rows, asym, half_meta, panels_of; /* bits as stored; rows of a panel */
@@ -195,6 +197,7 @@ static const uint16_t bfloat_table[9][2 * TILE] = {[2] = WORDS(BFLOAT2), [3] = W
 #define STEP 2
 #define TABLE bfloat_table
 #include "matmul_tile.h"
+#include "matmul_amx.h"
 #endif
 #endif
 
@@ -212,6 +215,14 @@ static int machine_level(void) {
     return QC_LEVEL_PORTABLE;
 }
 
+/* AMX is there for who asks for it: it never ran on hardware. */
+static int has_level(int level) {
+#if HAS_BF16
+    if (level == QC_LEVEL_AMX_BF16) return machine_has_amx() && machine_level() == QC_LEVEL_AVX512_BF16;
+#endif
+    return level >= QC_LEVEL_BEST && level <= machine_level();
+}
+
 static atomic_int limit = QC_LEVEL_BEST;
 
 int qc_matmul_level(void) {
@@ -220,7 +231,7 @@ int qc_matmul_level(void) {
 }
 
 int qc_limit_matmul_level(int level) {
-    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
+    if (!has_level(level)) return QC_BAD_LEVEL;
     atomic_store(&limit, level);
     return QC_OK;
 }
@@ -242,6 +253,12 @@ static void choose_level(Matmul *job, int level) {
     if (level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16 && job->bits <= 8) {
         job->panels_of = BFLOATS;
         job->multiply = multiply_avx512_bf16;
+        if (level == QC_LEVEL_AMX_BF16 && job->m > 4) {
+            job->panels_of = TILES;
+            job->multiply = multiply_amx;
+            job->rows = AMX_ROWS;
+            return;
+        }
     }
 #endif
 #endif
@@ -283,7 +300,10 @@ static void fill_segment(const Matmul *job, panel_float *panel, float *unit, int
         *unit = to_integers(values, count, (int16_t *)words);
     else
         for (int64_t i = 0; i < count; i++) words[i] = (uint16_t)(float_to_bits(values[i]) >> 16);
-    for (int64_t i = 0; i < count; i += 2) memcpy(to + i * rows, words + i, 4);
+    if (job->panels_of == TILES)
+        for (int64_t b = 0; b < count; b += BLOCK) memcpy(panel + (c + b) / 2 * rows + r * BLOCK / 2, words + b, BLOCK * 2);
+    else
+        for (int64_t i = 0; i < count; i += 2) memcpy(to + i * rows, words + i, 4);
     for (int64_t i = 0; job->panels_of == INTEGERS && i < count; i++) values[i] = (float)(int16_t)words[i] * *unit;
 }
 
@@ -390,7 +410,7 @@ int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, in
     if (!perm && columns != k) return QC_BAD_ARGUMENT;
     if (m == 0) return QC_OK;
     if (!x || !packed || !meta || !y || (m > 1 && (ldx < columns || ldy < n)) || (uintptr_t)packed % 4) return QC_BAD_ARGUMENT;
-    if (level < QC_LEVEL_BEST || level > machine_level()) return QC_BAD_LEVEL;
+    if (level != QC_LEVEL_BEST && !has_level(level)) return QC_BAD_LEVEL;
     choose_level(&job, level == QC_LEVEL_BEST ? qc_matmul_level() : level);
 
     const int64_t panels = (m + job.rows - 1) / job.rows, tiles = (n + TILE - 1) / TILE;

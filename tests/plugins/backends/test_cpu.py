@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from qcore_plugins import cpu_library
 from qcore_plugins.backends import cpu
 from qcore_plugins.backends.columns import packed_group_size
+from qcore_plugins.csrc import build as recipe
 
 import qcore
 from qcore import BackendError, MatmulSpec, QuantConfig, QuantizedWeight, grid
@@ -137,6 +140,47 @@ def test_any_layer_and_input_is_within_the_stated_bound(data):
         y = product(weight, x)
         assert_within_bound(weight, x, y)
         assert torch.equal(y, through_python(weight, x))
+
+
+@pytest.fixture(scope="module")
+def amx(tmp_path_factory):
+    """The library with AMX's instructions written out in C, set to use them. The code never ran on a CPU that has them."""
+    if LEVELS[-1:] != ("avx512_bf16",) or recipe.compiler() is None:
+        pytest.skip("AMX's code is imitated on CPUs with AVX-512 and bfloat16, by a C compiler")
+    path = tmp_path_factory.mktemp("amx") / "libamx.so"
+    sources = map(str, sorted(recipe.SOURCES.glob("*.c")))
+    subprocess.run(
+        [*recipe.compiler(), *recipe.FLAGS, "-DQC_EMULATE_AMX", *sources, "-o", str(path), "-lm"], check=True
+    )
+    library = cpu_library.CPU.open(path)
+    cpu_library.limit_level(library, "amx_bf16")
+    return library
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_amx_multiplies_as_the_others_do(bits, group_size, sym, amx, monkeypatch):
+    weight = any_weight(40, 300, QuantConfig(bits=bits, group_size=group_size, sym=sym), "act-order")
+    after_x = arguments(BACKEND.prepare(weight, spec_for(weight, torch.bfloat16)), weight)
+    inputs = [torch.randn(m, 300).bfloat16() for m in (1, 4, 5, 16, 17, 40)]
+    plain = [cpu._matmul(x, *after_x) for x in inputs]
+    single = torch.randn(20, 300)
+    in_float32 = cpu._matmul(single, *after_x)
+    monkeypatch.setattr(cpu_library, "load", lambda: amx)
+    for x, other in zip(inputs, plain, strict=True):
+        y = cpu._matmul(x, *after_x)
+        assert_within_bound(weight, x, y)
+        if len(x) < 5:
+            assert torch.equal(y, other), "few tokens are left to AVX-512"
+    assert torch.equal(cpu._matmul(single, *after_x), in_float32)
+
+
+def test_amx_where_there_is_none_is_refused():
+    if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has it: run the other tests with QCORE_CPU_LEVEL=amx_bf16")
+    with pytest.raises(BackendError, match=r"QCORE_CPU_LEVEL=amx_bf16: this machine does not have it; its best is"):
+        cpu_library.limit_level(LIBRARY, "amx_bf16")
 
 
 def test_one_output_and_no_tokens(level):
