@@ -20,7 +20,7 @@ from .algorithm import Algorithm
 from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
-from .config import Override, QuantConfig
+from .config import Override, QuantConfig, RunSizes
 from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
 from .errors import ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
@@ -105,6 +105,8 @@ def quantize(
     """
     plugins = plugins or installed()
     config = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "quantize")
+    sizes = RunSizes.parse({"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}, "quantize")
+    samples, seqlen, batch_size, seed = sizes.samples, sizes.seqlen, sizes.batch_size, sizes.seed
     algorithm = _algorithm(plugins, algo, params)
     exporter: Exporter = plugins.get("format", format)
     target = None if output is None else Path(output)
@@ -207,7 +209,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
         return torch.device("cuda", torch.cuda.current_device())

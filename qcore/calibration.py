@@ -224,6 +224,10 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
         data = [{"input_ids": i, "attention_mask": m} for i, m in zip(data["input_ids"], masks, strict=False)]
     if isinstance(data, Tensor) and data.ndim == 2:
         data = list(data)
+    if not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration {name!r} cannot be gone through. Give texts, token ids or batches of them."
+        )
     rows = iter(data)  # those of a data loader may have no end
     start = list(itertools.islice(rows, 1))
     if not start:

@@ -458,9 +458,9 @@ class AutoRound(Algorithm):
         """
 
         preset: Literal["light", "default", "best"] = "default"
-        iters: int = Field(200, ge=0)
-        lr: float | None = Field(None, gt=0)
-        minmax_lr: float | None = Field(None, gt=0)
+        iters: int = Field(200, ge=0, le=10**6)
+        lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+        minmax_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
         enable_minmax_tuning: bool = True
         use_quant_input: bool = True
         bs: int = Field(8, ge=1)
@@ -474,7 +474,7 @@ class AutoRound(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
-        layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+        layer_lr: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
         rough_gradients: bool | None = None
         compile: bool | None = None
 
@@ -483,7 +483,7 @@ class AutoRound(Algorithm):
         def _what_follows(cls, values: Any) -> Any:
             """Fill in what a preset, or no tuning at all, means for the options not given."""
             values = dict(values)
-            if values.get("preset") in PRESETS:
+            if isinstance(values.get("preset"), str) and values["preset"] in PRESETS:
                 values.setdefault("iters", PRESETS[values["preset"]])
             if values.get("iters") == 0:
                 values.setdefault("start", "rtn")

@@ -43,11 +43,23 @@ def add_tensor(folder, name, tensor):
         ({"overrides": ["down_proj:bit=8"]}, ConfigError, "Did you mean 'bits'"),
         ({"overrides": [{"patern": "x"}]}, ConfigError, "Did you mean 'pattern'"),
         ({"samples": 0}, ConfigError, "samples=0"),
+        ({"samples": None}, ConfigError, "samples=None"),
+        ({"seqlen": "long"}, ConfigError, "seqlen='long'"),
+        ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"seed": None}, ConfigError, "seed=None"),
+        ({"group_size": 10**30}, ConfigError, "group_size=1000"),
+        ({"device": None}, ConfigError, "device 'None' cannot be used here"),
+        ({"algo": None}, PluginError, "algorithm None is no name"),
+        ({"algo": qcore.Algorithm}, PluginError, "Give the name of one, or an object of that class"),
+        ({"overrides": "down_proj:bits=8"}, ConfigError, "overrides='down_proj:bits=8': expected a list of them"),
+        ({"overrides": None}, ConfigError, "overrides=None: expected a list of them"),
+        ({"overrides": [1]}, ConfigError, "override 1: expected an Override"),
+        ({"calibration": 7}, qcore.CalibrationError, "calibration 'int' cannot be gone through"),
     ],
 )
 def test_a_mistaken_option_is_named_with_what_is_close(llama, settings, kind, says):
     with pytest.raises(kind) as error:
-        qcore.quantize(llama, calibration=tiny_tokens(), **settings)
+        qcore.quantize(llama, **{"calibration": tiny_tokens(), **settings})
     assert says in str(error.value)
 
 
