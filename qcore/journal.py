@@ -207,7 +207,7 @@ def fingerprint(job: Job, folder: ModelFolder | None) -> dict[str, Any]:
         "calibration": calibration_facts(job.calibration) if job.calibration else None,
         "run": {
             "seed": job.seed,
-            "batch_size": job.batch_size,
+            "batch_size": job.batch_size_alone,
             "adapter": job.adapter.name,
             "deterministic": job.ranks.deterministic,
         },
