@@ -21,7 +21,7 @@ from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
 from .config import Override, QuantConfig, RunSizes
-from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
+from .content import Info, content_of, info_of, open_content, plain_record, tell_model, unknown_tensors
 from .errors import ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
@@ -244,7 +244,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
-    job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
+    tell_model(job.model, info_of(report, tokenizer, job.model, folder, unknown))
     tell("qcore_run_finished", report=report)
     return job.model
 
@@ -328,7 +328,7 @@ def load(
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    network.qcore_info = info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors))  # type: ignore[assignment]
+    tell_model(network, info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors)))
     return network
 
 

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -172,6 +174,27 @@ def test_a_loaded_model_saves_again_to_the_same_bytes(llama_folder, tmp_path, sa
     same_files(second, third)
     one, other = ModelFolder(first), ModelFolder(second)
     assert all(torch.equal(one.tensor(name), tensor) for name, tensor in other.read(one.tensors))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_loaded_model_can_be_pickled(llama_folder, tmp_path, weights_of, fast):
+    out = qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", **SETTINGS)
+    model = qcore.load(out, fast=fast)
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(weight.equal(weights_of(model)[name]) for name, weight in weights_of(again).items())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_transformers_own_saving_would_lose_the_weights_and_is_refused(llama_folder, tmp_path, loaded):
+    model = qcore.quantize(llama_folder, "rtn", **SETTINGS)
+    if loaded:
+        model = qcore.load(qcore.save(model, tmp_path / "out"))
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(ModelError, match=r"save_pretrained would leave the quantized weights out: use qcore\.save"):
+            each.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
 
 
 def test_a_module_without_transformers_quantizes_in_place():
