@@ -324,7 +324,7 @@ def _show_result(result: Mapping[str, float]) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--fast", is_flag=True, help="A compiled step, captured on a GPU: for many tokens, as it starts slowly.")
 @device_option
 @trust_option
@@ -337,7 +337,10 @@ def generate(model: str, prompt: str, max_new_tokens: int, fast: bool, device: s
     network, tokenizer = api.open_any(model, device, trust_remote_code, fast=fast)
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so a prompt cannot be read.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(network.parameters()).device)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ConfigError(f"the prompt {prompt!r} has no tokens. Give some text to continue.")
+    inputs = inputs.to(next(network.parameters()).device)
     output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     click.echo(json.dumps({"text": text}) if as_json else text)
@@ -351,10 +354,12 @@ def bench() -> None:
 @bench.command("generate")
 @click.argument("model")
 @click.option("--reference", metavar="fp16|bf16|fp32|MODEL", help="MODEL with float weights, or another float model.")
-@click.option("--new-tokens", default=512, show_default=True)
-@click.option("--prompt-tokens", default=128, show_default=True)
-@click.option("--num-beams", multiple=True, type=int, default=(1,), show_default=True, help="Repeatable.")
-@click.option("--repeat", default=1, show_default=True, help="Runs by the clock; the fastest counts.")
+@click.option("--new-tokens", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--num-beams", multiple=True, type=click.IntRange(1), default=(1,), show_default=True, help="Repeatable.")
+@click.option(
+    "--repeat", default=1, show_default=True, type=click.IntRange(1), help="Runs by the clock; the fastest counts."
+)
 @click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of activations.  [default: as stored]"
@@ -563,7 +568,13 @@ def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens generated to measure speed; 0 leaves it out.")
+@click.option(
+    "--new-tokens",
+    default=32,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Tokens generated to measure speed; 0 leaves it out.",
+)
 @_text_options
 @json_option
 def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, text: Path | None, as_json: bool,

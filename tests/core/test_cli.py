@@ -175,6 +175,13 @@ def test_models_tell_the_types_they_serve(run):
         (["eval", "m", "--task", "language_model"], 2, "Did you mean 'language_modeling'"),
         (["eval", "m", "--text", "no-such-file"], 2, "--text no-such-file cannot be read"),
         (["generate", "no/such/model", "hi"], 1, "there is no folder"),
+        (["generate", "m", "hi", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["bench", "generate", "m", "--new-tokens", "0"], 2, "--new-tokens"),
+        (["bench", "generate", "m", "--prompt-tokens", "0"], 2, "--prompt-tokens"),
+        (["bench", "generate", "m", "--num-beams", "0"], 2, "--num-beams"),
+        (["bench", "generate", "m", "--repeat", "0"], 2, "--repeat"),
+        (["bench", "matmul", "--shapes", "64x0"], 2, "'64x0' are no shapes"),
+        (["bench", "matmul", "--shapes", "64x64", "--group-size", "0"], 2, "group_size=0"),
     ],
 )
 def test_mistakes_get_their_exit_code_and_say_what_is_wrong(run, tmp_path, monkeypatch, arguments, code, says):
@@ -191,6 +198,12 @@ def test_an_output_that_exists_is_refused(run, llama_folder, quantized):
     code, _, err = run("quantize", llama_folder, "-o", quantized, "--algo", "rtn", "--group-size", 32)
     assert code == 1
     assert "exists already" in err
+
+
+def test_a_prompt_without_tokens_is_refused(run, quantized):
+    code, out, err = run("generate", quantized, "")
+    assert (code, out) == (2, "")
+    assert "the prompt '' has no tokens" in err
 
 
 def test_a_model_without_a_tokenizer_cannot_read_a_prompt(run, llama_folder, tmp_path):
