@@ -43,8 +43,8 @@ class Means(qcore.Algorithm):
         return results
 
 
-class Doom:
-    """Rank 1 is killed, or fails, in its second block, where DOOM says so."""
+class Doomed(GPTQ):
+    """GPTQ, but rank 1 is killed, or fails, in its second block, where DOOM says so."""
 
     def quantize_block(self, block):
         if RANK == 1 and block.index == 1:
@@ -55,12 +55,16 @@ class Doom:
         return super().quantize_block(block)
 
 
-class Doomed(Doom, GPTQ):
-    """GPTQ that may die."""
+class DoomedTuning(AUTOROUND):
+    """AutoRound, but rank 1 is killed when it is about to tune its second block."""
 
+    begun = 0
 
-class DoomedTuning(Doom, AUTOROUND):
-    """AutoRound that may die."""
+    def _check_batches(self, targets):
+        if RANK == 1 and self.begun == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.begun += 1
+        super()._check_batches(targets)
 
 
 class Count:
