@@ -312,6 +312,8 @@ def load(
     the model cannot be made fast.
     """
     plugins = plugins or installed()
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise ConfigError(f"dtype={dtype!r}: expected a torch.dtype, for instance torch.float16.")
     folder = resolve_model(str(model), plugins, revision)
     exporter, content = open_content(folder, plugins)
     backends, wanted = backends_for(backend, plugins)

@@ -170,6 +170,8 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
 
 def check_format(job: Job, exporter: Exporter) -> None:
     """Refuse, before any work, what the wanted format cannot hold."""
+    if not job.specs():
+        raise ConfigError("overrides keep every linear in float: there is nothing to quantize.")
     for spec in job.specs().values():
         reason = exporter.why_not(spec)
         if reason:

@@ -395,6 +395,17 @@ def test_a_quantized_model_passes_gradients_to_its_inputs(llama, tokens):
     assert float(x.grad.abs().sum()) > 0
 
 
+def test_a_plan_that_quantizes_nothing_is_refused_before_any_work(llama_folder, tmp_path):
+    with pytest.raises(ConfigError, match="overrides keep every linear in float"):
+        qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", overrides=["*:skip"], **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_by_name_is_refused(llama_folder):
+    with pytest.raises(ConfigError, match=r"dtype='float16': expected a torch\.dtype"):
+        qcore.load(llama_folder, dtype="float16")
+
+
 def test_overrides_take_every_form(llama):
     overrides = ["q_proj:bits=8", {"pattern": "k_proj", "bits": 3}, Override(pattern="v_proj", skip=True)]
     layers = {
