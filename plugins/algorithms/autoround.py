@@ -444,7 +444,7 @@ class AutoRound(Algorithm):
         use_quant_input: tune on what the quantized blocks before leave, rather than on the float model's hidden states.
         bs: sequences per batch (the run's batch_size, where given, takes its place).
         gradient_accumulate_steps: batches per step.
-        amp: compute float32 models in bfloat16 where the GPU has it; off, compute in float32 whatever the model's own type.
+        amp: compute float32 models in bfloat16 where the device multiplies it natively; off, compute in float32 whatever the model's own type.
         low_gpu_mem_usage: keep hidden states in host memory between uses.
         n_blocks: consecutive blocks tuned together; a shorter last group where that does not divide the depth.
         start: "gptq", GPTQ's codes and grids; "weighted", a scale search weighted by activations; "rtn", the paper's min/max.
@@ -537,11 +537,15 @@ class AutoRound(Algorithm):
         return self.params.low_gpu_mem_usage
 
     def facts(self, device: torch.device) -> dict[str, Any]:
-        """GPTQ's solver, where ties fall; whether equal runs on a GPU give equal bits; which code takes the steps."""
+        """GPTQ's solver, where ties fall; which code takes the steps; what float32 models and their gradients are computed in; whether
+        equal runs on a GPU give equal bits.
+        """
         facts: dict[str, Any] = {"solver_used": solver_for("auto", device)[0]} if self.params.start == "gptq" else {}
         if self.params.iters:
-            rough = machine.rough_type(device) if self.params.rough_gradients is not False else None
-            facts |= {"step": step_label(device), "rough_gradients": rough}
+            amp = "bfloat16" if self.params.amp and machine.has_bfloat16(device) else None
+            exact = self.params.rough_gradients is False or (amp is not None and device.type == "cpu")
+            rough = None if exact else machine.rough_type(device)
+            facts |= {"step": step_label(device), "amp": amp, "rough_gradients": rough}
             if device.type == "cuda":
                 facts["deterministic"] = machine.can_reproduce(device)
         return facts

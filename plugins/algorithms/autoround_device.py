@@ -19,8 +19,11 @@ from qcore import BlockContext
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively. Forward passes on CPUs are left in float32: few do."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether a device multiplies bfloat16 natively: of GPUs most, of CPUs some."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and native is not None and native()
 
 
 def precision(block: BlockContext, amp: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
@@ -206,8 +209,7 @@ def rough_type(device: torch.device) -> str | None:
     """What a device multiplies faster than the type blocks are computed in: a GPU 8-bit floats, a CPU bfloat16; None: nothing."""
     if device.type == "cuda":
         return "float8" if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9) else None
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "bfloat16" if device.type == "cpu" and native and native() else None
+    return "bfloat16" if has_bfloat16(device) else None
 
 
 def can_be_rough(module: nn.Module, dtype: torch.dtype, tokens: int, device: torch.device) -> bool:

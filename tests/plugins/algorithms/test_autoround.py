@@ -356,11 +356,14 @@ def test_every_batch_is_used_before_any_is_used_again():
     assert rounds[0] != rounds[1]
 
 
-def test_a_gpu_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
+def test_a_device_with_bfloat16_is_used_with_amp(monkeypatch, weights_of):
     settings = {"iters": 10, "checks": 0}
     plain = weights_of(quantize(**settings, amp=False))
     monkeypatch.setattr(autoround_device, "has_bfloat16", lambda device: True)
-    with_amp, without = weights_of(quantize(**settings)), weights_of(quantize(**settings, amp=False))
+    model = quantize(**settings)
+    assert qcore.report(model)["facts"]["amp"] == "bfloat16"
+    assert qcore.report(model)["facts"]["rough_gradients"] is None, "they are bfloat16 as all else is"
+    with_amp, without = weights_of(model), weights_of(quantize(**settings, amp=False))
     assert not any(with_amp[name].equal(plain[name]) for name in plain)
     assert all(without[name].equal(plain[name]) for name in plain)
 
@@ -591,7 +594,8 @@ def test_a_block_that_cannot_start_is_named():
         quantize(model.requires_grad_(False), start="rtn", iters=2, adapter="generic")
 
 
-def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so():
+def test_amp_asked_for_where_there_is_no_bfloat16_is_said_so(monkeypatch):
+    monkeypatch.setattr(autoround_device, "has_bfloat16", lambda device: False)
     assert "no native bfloat16, computed in float32" in layers_of(quantize(iters=2, amp=True))["blocks.0.left"]["note"]
     assert "note" not in layers_of(quantize(iters=2))["blocks.0.left"]
 
@@ -643,7 +647,7 @@ def test_rough_gradients_are_taken_where_the_device_can(monkeypatch, tunings, we
     monkeypatch.setattr(autoround_device, "rough_type", lambda device: kind)
     found = {}
     for rough in (None, True, False):
-        model = quantize(TinyModel(depth=1), iters=10, checks=0, rough_gradients=rough)
+        model = quantize(TinyModel(depth=1), iters=10, checks=0, rough_gradients=rough, amp=False)
         assert len(tunings[-1].rough) == (6 if kind and rough is not False else 0)
         assert qcore.report(model)["facts"]["rough_gradients"] == (None if rough is False else kind)
         note = layers_of(model)["blocks.0.left"].get("note", "")
