@@ -20,8 +20,8 @@ from .algorithm import Algorithm
 from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
-from .config import Override, QuantConfig
-from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
+from .config import Override, QuantConfig, RunSizes
+from .content import Info, content_of, info_of, open_content, plain_record, tell_model, unknown_tensors
 from .errors import ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
@@ -105,6 +105,8 @@ def quantize(
     """
     plugins = plugins or installed()
     config = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "quantize")
+    sizes = RunSizes.parse({"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}, "quantize")
+    samples, seqlen, batch_size, seed = sizes.samples, sizes.seqlen, sizes.batch_size, sizes.seed
     algorithm = _algorithm(plugins, algo, params)
     exporter: Exporter = plugins.get("format", format)
     target = None if output is None else Path(output)
@@ -207,7 +209,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
         return torch.device("cuda", torch.cuda.current_device())
@@ -242,7 +244,7 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
-    job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
+    tell_model(job.model, info_of(report, tokenizer, job.model, folder, unknown))
     tell("qcore_run_finished", report=report)
     return job.model
 
@@ -310,6 +312,8 @@ def load(
     the model cannot be made fast.
     """
     plugins = plugins or installed()
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise ConfigError(f"dtype={dtype!r}: expected a torch.dtype, for instance torch.float16.")
     folder = resolve_model(str(model), plugins, revision)
     exporter, content = open_content(folder, plugins)
     backends, wanted = backends_for(backend, plugins)
@@ -326,7 +330,7 @@ def load(
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    network.qcore_info = info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors))  # type: ignore[assignment]
+    tell_model(network, info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors)))
     return network
 
 

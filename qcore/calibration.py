@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, ConfigError, suggest
+from .errors import CalibrationError, ConfigError, name_list, suggest
 
 if TYPE_CHECKING:
     from .plugins import Plugins
@@ -219,11 +219,13 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
             raise CalibrationError(f'dataset {name!r} has columns {columns}; expected "text" or "input_ids".')
         data = data if "input_ids" in columns else [row["text"] for row in data]
     if isinstance(data, Mapping) and "input_ids" in data:  # what a tokenizer returns for many texts
-        masks = data.get("attention_mask")
-        masks = [None] * len(data["input_ids"]) if masks is None else masks
-        data = [{"input_ids": i, "attention_mask": m} for i, m in zip(data["input_ids"], masks, strict=False)]
+        data = _with_masks(data["input_ids"], data.get("attention_mask"))
     if isinstance(data, Tensor) and data.ndim == 2:
         data = list(data)
+    if not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration {name!r} cannot be gone through. Give texts, token ids or batches of them."
+        )
     rows = iter(data)  # those of a data loader may have no end
     start = list(itertools.islice(rows, 1))
     if not start:
@@ -245,9 +247,15 @@ def _rows_of(batch: Any) -> list[Any]:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return [batch]
-    mask = batch.get("attention_mask")
-    masks = [None] * len(ids) if mask is None else list(mask)
-    return [{"input_ids": row, "attention_mask": kept} for row, kept in zip(ids, masks, strict=False)]
+    return _with_masks(ids, batch.get("attention_mask"))
+
+
+def _with_masks(ids: Any, masks: Any) -> list[Any]:
+    """Pair the sequences of a batch with their masks."""
+    masks = [None] * len(ids) if masks is None else masks
+    if len(masks) != len(ids):
+        raise CalibrationError(f"calibration: a batch has {len(masks)} masks for {len(ids)} sequences.")
+    return [{"input_ids": row, "attention_mask": mask} for row, mask in zip(ids, masks, strict=True)]
 
 
 def _pack_text(texts: list[str], request: CalibrationRequest, name: str) -> tuple[list[TokenSequence], dict[str, Any]]:
@@ -304,6 +312,8 @@ def _take_tokens(
 def _read_tokens(row: Any, where: str) -> TokenSequence:
     mask = None
     if isinstance(row, Mapping):
+        if "input_ids" not in row:
+            raise CalibrationError(f"{where}: expected a string or token ids, found a mapping of {name_list(row)}.")
         row, mask = row.get("input_ids"), row.get("attention_mask")
     try:
         ids = torch.as_tensor(row)
@@ -316,7 +326,13 @@ def _read_tokens(row: Any, where: str) -> TokenSequence:
         )
     if mask is None:
         return TokenSequence(ids.long())
-    keep = torch.as_tensor(mask).reshape(-1).bool()
+    try:
+        given = torch.as_tensor(mask).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.tensor([math.nan])
+    keep = given == 1
+    if not bool((keep | (given == 0)).all()):
+        raise CalibrationError(f"{where}: attention_mask holds other values than 0 and 1, which say what counts.")
     if keep.shape != ids.shape:
         raise CalibrationError(f"{where}: attention_mask has {len(keep)} entries for {len(ids)} tokens.")
     return TokenSequence(ids.long(), None if bool(keep.all()) else keep)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -87,11 +88,9 @@ def quantize(
     from .plugins import installed
     from .ranks import Ranks, connect
 
-    clash = next((pair.split("=")[0] for pair in options if pair.split("=")[0] in settings), None)
-    if clash:
-        raise ConfigError(f"--set {clash}: this is an option of its own, --{clash.replace('_', '-')}.")
+    params = parse_options(options, api.quantize)
     if dry_run:
-        _dry_run(model, output, as_json, format=format_, **settings, **parse_options(options))
+        _dry_run(model, output, as_json, format=format_, **settings, **params)
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -100,7 +99,7 @@ def quantize(
     plugins.manager.register(progress)
     try:
         with connect(settings["device"]), progress:
-            api.quantize(model, output=output, format=format_, **settings, **parse_options(options))
+            api.quantize(model, output=output, format=format_, **settings, **params)
             if Ranks().rank > 0:
                 return
     except KeyboardInterrupt:
@@ -142,13 +141,22 @@ def _dry_run(model: str, output: Path | None, as_json: bool, **settings: Any) ->
     )
 
 
-def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text."""
+def parse_options(options: tuple[str, ...], function: Callable[..., Any]) -> dict[str, Any]:
+    """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text.
+
+    function: what they are handed to; they must not be its own arguments.
+    """
     pairs = {}
+    taken = signature(function).parameters.keys() - {"revision"}  # which has no option of its own
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--set {option!r}: expected NAME=VALUE, for instance --set desc_act=true.")
+        if name in taken:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"--set {name}: this is not an option of a plugin, but an option of its own, {flag}, or none here."
+            )
         try:
             pairs[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -273,7 +281,7 @@ def evaluate(model: str, text: Path | None, tasks: tuple[str, ...], data: str | 
 
     if text is None and not tasks:
         raise ConfigError("nothing to measure on: give --text FILE, --task NAME, or both (`qcore tasks` lists them).")
-    params = parse_options(options) | ({"data_name_or_path": data} if data else {})
+    params = parse_options(options, api.evaluate) | ({"data_name_or_path": data} if data else {})
     if params and not tasks:
         raise ConfigError("--data and --set are for tasks: give --task NAME as well.")
     results: dict[str, dict[str, float]] = {}
@@ -316,7 +324,7 @@ def _show_result(result: Mapping[str, float]) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--fast", is_flag=True, help="A compiled step, captured on a GPU: for many tokens, as it starts slowly.")
 @device_option
 @trust_option
@@ -329,7 +337,10 @@ def generate(model: str, prompt: str, max_new_tokens: int, fast: bool, device: s
     network, tokenizer = api.open_any(model, device, trust_remote_code, fast=fast)
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so a prompt cannot be read.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(network.parameters()).device)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ConfigError(f"the prompt {prompt!r} has no tokens. Give some text to continue.")
+    inputs = inputs.to(next(network.parameters()).device)
     output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     click.echo(json.dumps({"text": text}) if as_json else text)
@@ -343,10 +354,12 @@ def bench() -> None:
 @bench.command("generate")
 @click.argument("model")
 @click.option("--reference", metavar="fp16|bf16|fp32|MODEL", help="MODEL with float weights, or another float model.")
-@click.option("--new-tokens", default=512, show_default=True)
-@click.option("--prompt-tokens", default=128, show_default=True)
-@click.option("--num-beams", multiple=True, type=int, default=(1,), show_default=True, help="Repeatable.")
-@click.option("--repeat", default=1, show_default=True, help="Runs by the clock; the fastest counts.")
+@click.option("--new-tokens", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--num-beams", multiple=True, type=click.IntRange(1), default=(1,), show_default=True, help="Repeatable.")
+@click.option(
+    "--repeat", default=1, show_default=True, type=click.IntRange(1), help="Runs by the clock; the fastest counts."
+)
 @click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of activations.  [default: as stored]"
@@ -509,7 +522,7 @@ def check(model: str, target: str, format_: str | None, options: tuple[str, ...]
     from .errors import name_list
     from .tools import checking
 
-    findings = checking.check(model, target, format=format_, **plan, **parse_options(options))
+    findings = checking.check(model, target, format=format_, **plan, **parse_options(options, checking.check))
     refused = any(finding.level == "refuses" for finding in findings)
     if as_json:
         click.echo(json.dumps({"loads": not refused, "findings": [asdict(finding) for finding in findings]}))
@@ -555,7 +568,13 @@ def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens generated to measure speed; 0 leaves it out.")
+@click.option(
+    "--new-tokens",
+    default=32,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Tokens generated to measure speed; 0 leaves it out.",
+)
 @_text_options
 @json_option
 def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, text: Path | None, as_json: bool,

@@ -50,7 +50,7 @@ class QuantConfig(Options):
     """
 
     bits: int = Field(4, ge=2, le=8)
-    group_size: int = 128
+    group_size: int = Field(128, lt=2**31)
     sym: bool = True
 
     FIELDS: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym")
@@ -69,6 +69,19 @@ class QuantConfig(Options):
 
     def __str__(self) -> str:
         return f"{self.bits} bits, group {self.group_size}, {'sym' if self.sym else 'asym'}"
+
+
+class RunSizes(Options):
+    """Sizes of a run that a caller gives.
+
+    samples: calibration sequences, of seqlen tokens. batch_size: sequences per forward pass, None to choose. seed: for all
+    that is random.
+    """
+
+    samples: int = Field(ge=1)
+    seqlen: int = Field(ge=2)
+    batch_size: int | None = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
 
 
 class Override(Options):
@@ -101,6 +114,8 @@ class Override(Options):
         """Return an override given as such, in the command-line form, or as a mapping of its fields."""
         if isinstance(value, Override):
             return value
+        if not isinstance(value, (str, Mapping)):
+            raise ConfigError(f"override {value!r}: expected an Override, PATTERN:bits=8 or a mapping of its fields.")
         return cls.from_text(value) if isinstance(value, str) else cls.parse(value, "override")
 
     @classmethod

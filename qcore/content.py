@@ -37,6 +37,20 @@ class Info:
     )  # its tensors that the model does not know
 
 
+def tell_model(model: nn.Module, info: Info) -> None:
+    """Let a model that was quantized or loaded know it, and refuse transformers' own way to save it."""
+    model.qcore_info = info  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _save_pretrained  # type: ignore[assignment]
+
+
+def _save_pretrained(*_: Any, **__: Any) -> None:
+    raise ModelError(
+        "save_pretrained would leave the quantized weights out: use qcore.save(model, folder, format=...), or for an adapter the "
+        "save_pretrained of peft's model."
+    )
+
+
 def info_of(
     report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
 ) -> Info:

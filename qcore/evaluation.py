@@ -70,6 +70,10 @@ def measure(model: nn.Module, windows: Tensor, reference: nn.Module | None = Non
         if reference is not None:
             log_r, _ = _log_probabilities(reference, ids)
             reference_nll -= float(log_r.gather(1, targets[:, None].to(log_r.device)).double().sum())
+            if log_r.shape != log_p.shape:
+                raise ModelError(
+                    f"the reference predicts {log_r.shape[1]} tokens, the model {log_p.shape[1]}: give the same model before quantization."
+                )
             log_r = log_r.to(log_p.device)
             kl += sum(float(part.double().sum()) for part in _kl_rows(log_r, log_p))
     predicted = windows.shape[0] * (windows.shape[1] - 1)
@@ -90,7 +94,13 @@ def _log_probabilities(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return (log probabilities float32 [seqlen-1, vocabulary], the tokens they predict [seqlen-1])."""
     device = next(model.parameters()).device
     ids = ids.to(device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    try:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    except IndexError as error:  # of an embedding
+        raise ModelError(
+            f"{type(model).__name__} has no embedding for one of {len(ids)} tokens, up to id {int(ids.max())}, or for its position. "
+            "Give a smaller seqlen, or tokens of the model's own tokenizer."
+        ) from error
     return torch.log_softmax(logits.float(), -1), ids[1:].to(logits.device)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from .calibration import Calibration, TokenSequence
 from .checkpoint import ModelFolder
 from .config import QuantConfig
-from .errors import RunError
-from .files import disk_errors, read_json, write_atomic, write_json
+from .errors import QcoreError, RunError
+from .files import check_output, disk_errors, read_json, write_atomic, write_json
 from .plan import Job
 from .ranks import Ranks
 from .weight import QuantizedWeight
@@ -49,6 +49,11 @@ class Journal:
         except OSError:
             self._lock.close()
             raise RunError(f"another run is writing {self.output} (it holds {self.path}/lock).") from None
+        try:
+            check_output(self.output)  # once more: another run may have finished it since
+        except QcoreError:
+            self.close()
+            raise
         if fresh:
             for old in self.path.iterdir():
                 if old.name != "lock":
@@ -207,7 +212,7 @@ def fingerprint(job: Job, folder: ModelFolder | None) -> dict[str, Any]:
         "calibration": calibration_facts(job.calibration) if job.calibration else None,
         "run": {
             "seed": job.seed,
-            "batch_size": job.batch_size,
+            "batch_size": job.batch_size_alone,
             "adapter": job.adapter.name,
             "deterministic": job.ranks.deterministic,
         },

@@ -55,6 +55,15 @@ class QuantLinear(nn.Module):
         y = self.backend.matmul(x, {name: getattr(self, name) for name in self._names}, self.spec)
         return y if self.bias is None else y + self.bias
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move, but do not change the types of, what a backend keeps: `model.half()` is about activations."""
+        kept = {name: getattr(self, name) for name in self._names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in kept.items():
+            moved = getattr(self, name)
+            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.config}, backend={self.backend.name}"
 

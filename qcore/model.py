@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,9 @@ from .experts import Piece, conversions, pieces_of, unfuse
 from .exporter import Content
 from .linear import quant_linears, replace_module, weight_of
 from .packing import roomy
+
+#: held while nn.Module or torch's default type is another one, which all threads see: two that make models would undo each other
+_MAKING = RLock()
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -58,6 +62,7 @@ def skeleton(folder: ModelFolder, trust_remote_code: bool = False, dtype: torch.
         del config.quantization_config
     auto = auto_class(config, str(folder.path))
     with (
+        _MAKING,
         _transformers_errors(f"the model of {folder.path}"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
@@ -99,7 +104,7 @@ def transposed_linears(config: Mapping[str, Any], names: Iterable[str]) -> froze
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         return frozenset()
-    with _transformers_errors(f"a config of model_type {kind!r}"), init_empty_weights():
+    with _MAKING, _transformers_errors(f"a config of model_type {kind!r}"), init_empty_weights():
         settled = AutoConfig.for_model(kind, **values)
         model = auto_class(settled, f"a config of model_type {kind!r}").from_config(settled)
     conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
@@ -162,7 +167,7 @@ def load_float(folder: ModelFolder, trust_remote_code: bool = False, dtype: torc
             FolderWeights(own, folder).bring("", torch.device("cpu"), dtype or stored_dtype(folder))
             own.tie_weights()  # type: ignore[operator]
             return own
-    with _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
+    with _MAKING, _transformers_errors(f"the model of {folder.path}"), quiet_transformers():
         model: nn.Module = auto.from_pretrained(
             folder.path, dtype=dtype or stored_dtype(folder), trust_remote_code=trust_remote_code
         )

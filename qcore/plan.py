@@ -42,6 +42,7 @@ class Job:
     label: str  # the model, as the user called it
     blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
+    batch_size_alone: int = 0  # sequences per forward pass if it were one process: a journal is any number's
 
     @property
     def batch_size(self) -> int:
@@ -97,11 +98,15 @@ def make_job(
 
     limit: bytes of the device's memory to use, or None.
     """
+    if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Iterable):
+        raise ConfigError(f"overrides={overrides!r}: expected a list of them.")
     chosen = find_adapter(network, weights, plugins, device, adapter)
     linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
     dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(network), device)
     kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
     room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
+    algorithm.processes = 1
+    alone = batch_size or algorithm.batch_size or room.batch_size
     algorithm.processes = 1 if ranks.deterministic else ranks.size
     return Job(
         model=network,
@@ -118,6 +123,7 @@ def make_job(
         label=label,
         blocks=chosen.find_blocks(network),
         ranks=ranks,
+        batch_size_alone=alone,
     )
 
 
@@ -164,6 +170,8 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
 
 def check_format(job: Job, exporter: Exporter) -> None:
     """Refuse, before any work, what the wanted format cannot hold."""
+    if not job.specs():
+        raise ConfigError("overrides keep every linear in float: there is nothing to quantize.")
     for spec in job.specs().values():
         reason = exporter.why_not(spec)
         if reason:

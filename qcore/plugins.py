@@ -151,6 +151,10 @@ class Plugins:
         Raises NotOfferedError when nobody offers it (with close matches and the plugins that failed or are disabled) and
         PluginError when more than one does.
         """
+        if not isinstance(name, str):
+            raise NotOfferedError(
+                f"{kind} {name!r} is no name. Give the name of one, or an object of that class, where that is taken."
+            )
         offers = self.offers(kind)
         if name not in offers:
             raise NotOfferedError(f"no {kind} is called {name!r}. {suggest(name, offers)}{self._absent()}")

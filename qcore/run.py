@@ -25,7 +25,7 @@ from . import blocks as walk
 from .calibration import Calibration
 from .capture import Captured, Stream, capture_inputs
 from .checkpoint import ModelFolder
-from .errors import ConfigError, ModelError, RunError, name_list
+from .errors import CheckpointError, ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .files import complete_folder
 from .journal import Journal, fingerprint, provenance, renamed
@@ -335,12 +335,16 @@ def _quantize(
     try:
         block.widen_starved()
         results = job.algorithm.quantize_block(block) if block.linears else {}
-    except ModelError as error:
+    except (ModelError, CheckpointError) as error:
         if block.name in str(error):
             raise
-        raise ModelError(f"block {block.name}: {error}") from error
+        raise type(error)(f"block {block.name}: {error}") from error
     finally:
         block.narrow()
+    if not isinstance(results, Mapping):
+        raise RunError(
+            f"algorithm {job.algorithm.name!r} returned {type(results).__name__} for block {block.name}, expected names and weights."
+        )
     seconds = (time.perf_counter() - started) / max(1, len(block.linears))
     if set(results) != set(block.linears):
         missing = sorted(set(block.linears) - set(results)) or sorted(set(results) - set(block.linears))
@@ -403,7 +407,7 @@ def nobody(hook: str, **facts: Any) -> None:
 
 def announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
     def finished(index: int, records: list[dict[str, Any]]) -> None:
-        tell("qcore_block_finished", index=index, records=records)
+        tell("qcore_block_finished", index=index, records=[dict(record) for record in records])  # theirs to change
 
     return finished
 

@@ -150,21 +150,10 @@ class TensorExporter(FolderExporter):
         layers = self.layers_in(files, quantization)
         parts = _parts(layers, files)
         owned = {key for keys in parts.values() for key in keys.values()}
-
-        def weight(name: str) -> QuantizedWeight:
-            keys = {key: suffix for suffix, key in parts[name].items()}
-            tensors = {keys[key]: tensor for key, tensor in files.read(keys)}
-            try:
-                return self.decode(layers[name], tensors, quantization)
-            except QcoreError as error:
-                raise CheckpointError(f"{folder}: layer {name}: {error}") from error
-            except KeyError as error:
-                raise CheckpointError(f"{folder}: layer {name} has no tensor {error}.") from error
-
         return Content(
             config={key: value for key, value in files.config.items() if key != "quantization_config"},
             layers=layers,
-            weight=weight,
+            weight=partial(self._weight, files, layers, parts, quantization),
             tensors=[name for name in files.tensors if name not in owned],
             tensor=files.tensor,
             provenance=read_provenance(folder),
@@ -172,6 +161,24 @@ class TensorExporter(FolderExporter):
             notes=self.notes(files, layers, quantization),
             source=files,
         )
+
+    def _weight(
+        self,
+        files: ModelFolder,
+        layers: Mapping[str, LayerSpec],
+        parts: Mapping[str, Mapping[str, str]],
+        quantization: Mapping[str, Any],
+        name: str,
+    ) -> QuantizedWeight:
+        """Read and decode one linear."""
+        keys = {key: suffix for suffix, key in parts[name].items()}
+        tensors = {keys[key]: tensor for key, tensor in files.read(keys)}
+        try:
+            return self.decode(layers[name], tensors, quantization)
+        except QcoreError as error:
+            raise CheckpointError(f"{files.path}: layer {name}: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"{files.path}: layer {name} has no tensor {error}.") from error
 
     def read_quantization(self, folder: ModelFolder) -> dict[str, Any]:
         """Return the folder's quantization config; formats with side files override this."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from qcore import (
     grid,
     hookimpl,
 )
+from qcore.ranks import Ranks
 
 from . import autoround_device as machine
 from . import gptq_native
@@ -399,23 +399,23 @@ class Processes:
     """The processes that share each batch of a step: those of torch.distributed's group, or one alone."""
 
     def __init__(self, alone: bool = False) -> None:
-        together = not alone and dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.ranks = Ranks.alone() if alone else Ranks()
+        self.count = self.ranks.size
 
     def own(self, items: Iterator[int]) -> Iterator[int]:
         """Of things dealt out in turn, those of this process."""
-        return itertools.islice(items, self.rank, None, self.count)
+        return itertools.islice(items, self.ranks.rank, None, self.count)
 
     def add_up(self, weights: Iterable[Tensor]) -> None:
         """Add up gradients over the processes; a weight that none of this one's tokens went to counts as 0."""
         for weight in weights if self.count > 1 else ():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            dist.all_reduce(weight.grad)
+            self.ranks.sum([weight.grad])
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Give all the values that the first process has."""
         for tensor in tensors if self.count > 1 else ():
-            dist.broadcast(tensor, 0)
+            self.ranks.send([tensor], 0)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -458,9 +458,9 @@ class AutoRound(Algorithm):
         """
 
         preset: Literal["light", "default", "best"] = "default"
-        iters: int = Field(200, ge=0)
-        lr: float | None = Field(None, gt=0)
-        minmax_lr: float | None = Field(None, gt=0)
+        iters: int = Field(200, ge=0, le=10**6)
+        lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+        minmax_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
         enable_minmax_tuning: bool = True
         use_quant_input: bool = True
         bs: int = Field(8, ge=1)
@@ -474,7 +474,7 @@ class AutoRound(Algorithm):
         float_targets: float = Field(0.0, ge=0, le=1)
         checks: int = Field(5, ge=0)
         outliers: float = Field(0.0, ge=0, lt=1)
-        layer_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+        layer_lr: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
         rough_gradients: bool | None = None
         compile: bool | None = None
 
@@ -483,7 +483,7 @@ class AutoRound(Algorithm):
         def _what_follows(cls, values: Any) -> Any:
             """Fill in what a preset, or no tuning at all, means for the options not given."""
             values = dict(values)
-            if values.get("preset") in PRESETS:
+            if isinstance(values.get("preset"), str) and values["preset"] in PRESETS:
                 values.setdefault("iters", PRESETS[values["preset"]])
             if values.get("iters") == 0:
                 values.setdefault("start", "rtn")

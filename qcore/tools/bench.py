@@ -213,7 +213,7 @@ def matmul_as_asked(
     """`matmul` for options as the command line has them; None for the defaults."""
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.float16
     return matmul(
-        parse_shapes(shapes) if shapes else SHAPES, tokens, backends, config=QuantConfig(bits=bits, group_size=group_size, sym=sym),
+        parse_shapes(shapes) if shapes else SHAPES, tokens, backends, config=QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "bench"),
         act_order=act_order, dtype=chosen, device=device,
     )  # fmt: skip
 
@@ -228,11 +228,12 @@ def parse_tokens(text: str) -> list[int]:
 def parse_shapes(text: str) -> list[tuple[int, int]]:
     """Read 4096x11008,11008x4096: in x out features."""
     try:
-        return [(int(each.split("x")[0]), int(each.split("x")[1])) for each in text.split(",")]
+        shapes = [(int(each.split("x")[0]), int(each.split("x")[1])) for each in text.split(",")]
     except (ValueError, IndexError):
-        raise ConfigError(
-            f"{text!r} are no shapes: expected IN x OUT, separated by commas: 4096x4096,4096x11008."
-        ) from None
+        shapes = []
+    if not shapes or min(map(min, shapes)) < 1:
+        raise ConfigError(f"{text!r} are no shapes: expected IN x OUT, separated by commas: 4096x4096,4096x11008.")
+    return shapes
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..adapter import ModelAdapter, _any_expert, is_linear
 from ..algorithm import Algorithm
 from ..api import DEFAULT_ALGORITHM, _algorithm, pick_device
 from ..checkpoint import ModelFolder, ShardWriter, resolve_model
-from ..config import Override, QuantConfig
+from ..config import Override, QuantConfig, RunSizes
 from ..experts import Experts
 from ..exporter import Exporter
 from ..files import check_output
@@ -65,6 +65,8 @@ def explain(
     started = time.perf_counter()
     plugins, place = plugins or installed(), pick_device(device)
     config = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "explain")
+    sizes = RunSizes.parse({"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}, "explain")
+    samples, seqlen, batch_size, seed = sizes.samples, sizes.seqlen, sizes.batch_size, sizes.seed
     algorithm = _algorithm(plugins, algo, params)
     if output is not None:
         check_output(Path(output))

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -43,11 +45,23 @@ def add_tensor(folder, name, tensor):
         ({"overrides": ["down_proj:bit=8"]}, ConfigError, "Did you mean 'bits'"),
         ({"overrides": [{"patern": "x"}]}, ConfigError, "Did you mean 'pattern'"),
         ({"samples": 0}, ConfigError, "samples=0"),
+        ({"samples": None}, ConfigError, "samples=None"),
+        ({"seqlen": "long"}, ConfigError, "seqlen='long'"),
+        ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"seed": None}, ConfigError, "seed=None"),
+        ({"group_size": 10**30}, ConfigError, "group_size=1000"),
+        ({"device": None}, ConfigError, "device 'None' cannot be used here"),
+        ({"algo": None}, PluginError, "algorithm None is no name"),
+        ({"algo": qcore.Algorithm}, PluginError, "Give the name of one, or an object of that class"),
+        ({"overrides": "down_proj:bits=8"}, ConfigError, "overrides='down_proj:bits=8': expected a list of them"),
+        ({"overrides": None}, ConfigError, "overrides=None: expected a list of them"),
+        ({"overrides": [1]}, ConfigError, "override 1: expected an Override"),
+        ({"calibration": 7}, qcore.CalibrationError, "calibration 'int' cannot be gone through"),
     ],
 )
 def test_a_mistaken_option_is_named_with_what_is_close(llama, settings, kind, says):
     with pytest.raises(kind) as error:
-        qcore.quantize(llama, calibration=tiny_tokens(), **settings)
+        qcore.quantize(llama, **{"calibration": tiny_tokens(), **settings})
     assert says in str(error.value)
 
 
@@ -160,6 +174,27 @@ def test_a_loaded_model_saves_again_to_the_same_bytes(llama_folder, tmp_path, sa
     same_files(second, third)
     one, other = ModelFolder(first), ModelFolder(second)
     assert all(torch.equal(one.tensor(name), tensor) for name, tensor in other.read(one.tensors))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_loaded_model_can_be_pickled(llama_folder, tmp_path, weights_of, fast):
+    out = qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", **SETTINGS)
+    model = qcore.load(out, fast=fast)
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(weight.equal(weights_of(model)[name]) for name, weight in weights_of(again).items())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_transformers_own_saving_would_lose_the_weights_and_is_refused(llama_folder, tmp_path, loaded):
+    model = qcore.quantize(llama_folder, "rtn", **SETTINGS)
+    if loaded:
+        model = qcore.load(qcore.save(model, tmp_path / "out"))
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(ModelError, match=r"save_pretrained would leave the quantized weights out: use qcore\.save"):
+            each.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
 
 
 def test_a_module_without_transformers_quantizes_in_place():
@@ -358,6 +393,17 @@ def test_a_quantized_model_passes_gradients_to_its_inputs(llama, tokens):
     model(inputs_embeds=x).logits.sum().backward()
     assert x.grad.isfinite().all()
     assert float(x.grad.abs().sum()) > 0
+
+
+def test_a_plan_that_quantizes_nothing_is_refused_before_any_work(llama_folder, tmp_path):
+    with pytest.raises(ConfigError, match="overrides keep every linear in float"):
+        qcore.quantize(llama_folder, "rtn", output=tmp_path / "out", overrides=["*:skip"], **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_by_name_is_refused(llama_folder):
+    with pytest.raises(ConfigError, match=r"dtype='float16': expected a torch\.dtype"):
+        qcore.load(llama_folder, dtype="float16")
 
 
 def test_overrides_take_every_form(llama):

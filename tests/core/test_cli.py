@@ -152,7 +152,16 @@ def test_models_tell_the_types_they_serve(run):
         (["quantize", "m", "-o", "o", "--gruop-size", "9"], 2, "--group-size"),
         (["quantize", "m", "-o", "o", "--set", "desc_act"], 2, "expected NAME=VALUE"),
         (["quantize", "m", "-o", "o", "--set", "bits=3"], 2, "an option of its own, --bits"),
+        (["quantize", "m", "-o", "o", "--set", "format=awq"], 2, "--set format: this is not an option of a plugin"),
+        (["quantize", "m", "-o", "o", "--set", "model=m"], 2, "--set model: this is not an option of a plugin"),
+        (["quantize", "m", "-o", "o", "--set", "plugins=1"], 2, "--set plugins: this is not an option of a plugin"),
         (["quantize", "m", "-o", "o", "--set", "damp_percnt=1"], 2, "Did you mean 'damp_percent'"),
+        (["quantize", "m", "-o", "o", "--seqlen", "0"], 2, "seqlen=0"),
+        (["quantize", "m", "-o", "o", "--batch-size", "0"], 2, "batch_size=0"),
+        (["quantize", "m", "--dry-run", "--samples", "0"], 2, "samples=0"),
+        (["quantize", "m", "--dry-run", "--batch-size", "-1"], 2, "batch_size=-1"),
+        (["quantize", "m", "-o", "o", "--seed", "-1"], 2, "seed=-1"),
+        (["quantize", "m", "-o", "o", "--algo", "autoround", "--set", "preset=[1]"], 2, "preset=[1]"),
         (["quantize", "m", "-o", "o", "--group-size", "0"], 2, "group_size=0"),
         (["quantize", "m", "-o", "o", "--device", "gpu"], 2, "device 'gpu'"),
         (["quantize", "m", "-o", "o", "--algo", "gtpq"], 2, "Did you mean 'gptq'"),
@@ -161,9 +170,18 @@ def test_models_tell_the_types_they_serve(run):
         (["inspect", "no-such-folder"], 1, "there is no folder no-such-folder"),
         (["eval", "m"], 2, "nothing to measure on: give --text FILE, --task NAME"),
         (["eval", "m", "--text", "f", "--data", "d"], 2, "--data and --set are for tasks"),
+        (["eval", "m", "--task", "t", "--set", "seqlen=8"], 2, "an option of its own, --seqlen"),
+        (["check", "m", "--target", "vllm", "--set", "format=awq"], 2, "an option of its own, --format"),
         (["eval", "m", "--task", "language_model"], 2, "Did you mean 'language_modeling'"),
         (["eval", "m", "--text", "no-such-file"], 2, "--text no-such-file cannot be read"),
         (["generate", "no/such/model", "hi"], 1, "there is no folder"),
+        (["generate", "m", "hi", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["bench", "generate", "m", "--new-tokens", "0"], 2, "--new-tokens"),
+        (["bench", "generate", "m", "--prompt-tokens", "0"], 2, "--prompt-tokens"),
+        (["bench", "generate", "m", "--num-beams", "0"], 2, "--num-beams"),
+        (["bench", "generate", "m", "--repeat", "0"], 2, "--repeat"),
+        (["bench", "matmul", "--shapes", "64x0"], 2, "'64x0' are no shapes"),
+        (["bench", "matmul", "--shapes", "64x64", "--group-size", "0"], 2, "group_size=0"),
     ],
 )
 def test_mistakes_get_their_exit_code_and_say_what_is_wrong(run, tmp_path, monkeypatch, arguments, code, says):
@@ -180,6 +198,12 @@ def test_an_output_that_exists_is_refused(run, llama_folder, quantized):
     code, _, err = run("quantize", llama_folder, "-o", quantized, "--algo", "rtn", "--group-size", 32)
     assert code == 1
     assert "exists already" in err
+
+
+def test_a_prompt_without_tokens_is_refused(run, quantized):
+    code, out, err = run("generate", quantized, "")
+    assert (code, out) == (2, "")
+    assert "the prompt '' has no tokens" in err
 
 
 def test_a_model_without_a_tokenizer_cannot_read_a_prompt(run, llama_folder, tmp_path):

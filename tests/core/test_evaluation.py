@@ -6,7 +6,7 @@ import torch
 import qcore
 from qcore import CalibrationError, ConfigError, ModelError
 from qcore.evaluation import measure, windows_of
-from qcore.testing import TinyModel, tiny_tokens
+from qcore.testing import TinyModel, tiny_tokens, tiny_transformer
 
 IDS = torch.arange(50) * 7 % 50
 
@@ -82,6 +82,19 @@ def test_a_hopeless_model_has_infinite_perplexity_rather_than_an_overflow():
 def test_what_cannot_be_evaluated_is_said_so(text, settings, kind, says):
     with pytest.raises(kind, match=says):
         qcore.evaluate(TinyModel(), text, **settings)
+
+
+def test_windows_beyond_a_model_s_positions_or_vocabulary_are_refused():
+    model = tiny_transformer("gpt2", vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    with pytest.raises(ModelError, match="has no embedding for one of 16 tokens, up to id 49, or for its position"):
+        measure(model, windows_of(IDS, None, 16))
+    with pytest.raises(ModelError, match="up to id 90"):
+        measure(model, torch.tensor([[1, 90]]))
+
+
+def test_a_reference_with_another_vocabulary_is_refused():
+    with pytest.raises(ModelError, match="the reference predicts 60 tokens, the model 50"):
+        measure(TinyModel(), windows_of(IDS, None, 8), TinyModel(vocabulary=60))
 
 
 def test_folders_bring_their_own_tokenizer_and_may_be_the_reference(llama_folder, tmp_path):

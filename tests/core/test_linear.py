@@ -10,6 +10,8 @@ from qcore.linear import replace_module, set_weight, weight_of
 from qcore.plugins import installed
 from qcore.testing import TinyModel, random_weight
 
+BACKENDS = installed().usable("backend")
+
 
 def quant_linear(weight, dtype=torch.float32):
     backends = list(installed().usable("backend").values())
@@ -43,6 +45,20 @@ def test_it_can_be_copied_and_moved():
     moved = copy.deepcopy(linear).to("cpu")
     assert torch.equal(moved(x), linear(x))
     assert moved.weight_source().equal(weight)
+
+
+@pytest.mark.parametrize("backend", [name for name, each in BACKENDS.items() if not each.unavailable()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_changes_its_type_multiplies_by_the_same_weight(backend, dtype):
+    weight = random_weight(32, 64, QuantConfig(group_size=32), bias=True)
+    linear = QuantLinear(weight, BACKENDS.values(), torch.device("cpu"), torch.float32, lambda: weight, backend)
+    before = {name: kept.clone() for name, kept in linear.named_buffers()}
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = x.float() @ weight.dequantize().t() + weight.bias.float()
+    found = linear.to(dtype)(x)
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), expected, rtol=torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    assert all(torch.equal(kept, before[name]) for name, kept in linear.named_buffers())
 
 
 def test_weights_of_both_layouts_are_seen_as_out_by_in():

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,3 +225,14 @@ def test_a_module_that_came_in_half_can_be_let_go():
         weights.bring("first", CPU, torch.float32)
     weights.let_go("first")
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_threads_that_open_models_at_once_leave_each_other_and_new_modules_alone(llama_folder):
+    folder, register = ModelFolder(llama_folder), nn.Module.register_parameter
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda n: skeleton(folder) if n % 3 else load_float(folder), range(16)))
+    assert nn.Module.register_parameter is register
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
+    for number, model in enumerate(models):
+        assert model.model.rotary_emb.inv_freq.equal(models[0].model.rotary_emb.inv_freq)
+        assert all(parameter.is_meta == bool(number % 3) for parameter in model.parameters())

@@ -1,10 +1,11 @@
 import importlib.metadata
+from dataclasses import replace
 
 import pytest
 
 import qcore
-from qcore import PluginError, QcoreError, hookspecs
-from qcore.plugins import Plugins
+from qcore import CheckpointError, PluginError, QcoreError, hookspecs
+from qcore.plugins import Plugins, installed
 from qcore.testing import check_plugin
 
 RTN = """
@@ -304,6 +305,42 @@ def test_an_algorithm_that_returns_something_else_is_named(llama):
 
     with pytest.raises(qcore.RunError, match=r"'wrong' returned no fitting QuantizedWeight for model.layers.0"):
         qcore.quantize(llama, Wrong())
+
+
+def test_an_algorithm_that_returns_nothing_is_named(llama):
+    class Silent(qcore.Algorithm):
+        name = "silent"
+        needs_calibration = False
+
+        def quantize_block(self, block):
+            return None
+
+    with pytest.raises(qcore.RunError, match=r"'silent' returned NoneType for block model.layers.0, expected names"):
+        qcore.quantize(llama, Silent())
+
+
+def test_a_weight_that_is_none_is_told_with_its_block(llama):
+    rtn = installed().get("algorithm", "rtn")
+
+    class Broken(rtn):
+        def quantize_block(self, block):
+            done = super().quantize_block(block)
+            return {name: replace(weight, scales=weight.scales * float("nan")) for name, weight in done.items()}
+
+    with pytest.raises(CheckpointError, match=r"block model.layers.0: not a quantized weight: scales hold NaN"):
+        qcore.quantize(llama, Broken(), group_size=32)
+
+
+def test_what_a_watcher_does_to_its_records_stays_with_it(llama_folder, watched, tmp_path):
+    class Untidy:
+        @qcore.hookimpl
+        def qcore_block_finished(self, records):
+            for record in records:
+                record.clear()
+            records.clear()
+
+    out = qcore.quantize(llama_folder, "rtn", group_size=32, plugins=watched(Untidy()), output=tmp_path / "out")
+    assert [layer["bits"] for layer in qcore.inspect(out)["layers"]] == [4] * 21
 
 
 def test_two_adapters_of_one_model_type_are_listed_as_a_clash(plugin):

@@ -138,6 +138,19 @@ def test_a_dead_process_ends_the_run_which_resumes_with_one_or_two(save_llama, t
     same_files(tmp_path / "dies", whole)
 
 
+def test_of_processes_that_share_a_batch_one_dies_and_one_resumes(save_llama, tmp_path):
+    save_llama(tmp_path / "model")
+    first, second = start("dies", tmp_path, TUNED=1)
+    second.communicate(timeout=300)
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 1
+    assert "rank 0 of 2 lost contact with the others" in errors
+    assert "Traceback" not in errors
+    assert [path.name for path in (tmp_path / "dies.partial").glob("block-*")] == ["block-00000.safetensors"]
+    done = qcore.quantize(tmp_path / "model", two.DoomedTuning(bs=2, iters=4), output=tmp_path / "dies", **two.TUNING)
+    assert {layer["block"] for layer in qcore.report(done)["layers"]} == {0, 1, 2}
+
+
 class Spelled:
     """A sum that spells out its additions, so that equal text is equal order."""
 

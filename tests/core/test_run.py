@@ -229,6 +229,25 @@ def test_a_run_with_other_settings_than_the_journals_is_refused_with_the_differe
     assert not output.exists()
 
 
+def test_an_output_that_another_run_finished_meanwhile_ends_this_one_before_any_work(
+    llama_folder, tmp_path, monkeypatch
+):
+    from qcore import api
+
+    output = tmp_path / "out"
+    made = api.make_job
+
+    def slowly(*args, **settings):  # the other run is there first, after this one looked
+        monkeypatch.setattr(api, "make_job", made)
+        qcore.quantize(llama_folder, "rtn", group_size=32, output=output)
+        return made(*args, **settings)
+
+    monkeypatch.setattr(api, "make_job", slowly)
+    with pytest.raises(CheckpointError, match="exists already"):
+        qcore.quantize(llama_folder, output=output, **SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_another_model_is_refused(llama_folder, interrupted, tmp_path):
     output = tmp_path / "out"
     interrupted(llama_folder, output)

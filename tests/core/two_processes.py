@@ -17,7 +17,8 @@ from qcore.testing import TinyModel, tiny_tokens, with_tiny_adapter
 RANK = int(os.environ.get("RANK", "0"))
 TOKENS = list(torch.randint(0, 320, (7, 32), generator=torch.Generator().manual_seed(0)))
 SETTINGS = {"bits": 4, "group_size": 32, "calibration": TOKENS, "samples": 7, "seqlen": 32, "batch_size": 1}
-GPTQ = installed().get("algorithm", "gptq")
+GPTQ, AUTOROUND = (installed().get("algorithm", name) for name in ("gptq", "autoround"))
+TUNING = {**SETTINGS, "batch_size": None}
 
 
 class Means(qcore.Algorithm):
@@ -52,6 +53,18 @@ class Doomed(GPTQ):
             if os.environ["DOOM"] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().quantize_block(block)
+
+
+class DoomedTuning(AUTOROUND):
+    """AutoRound, but rank 1 is killed when it is about to tune its second block."""
+
+    begun = 0
+
+    def _check_batches(self, targets):
+        if RANK == 1 and self.begun == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.begun += 1
+        super()._check_batches(targets)
 
 
 class Count:
@@ -90,8 +103,7 @@ def runs(folder):
     qcore.quantize(model, "gptq", output=folder / "near", **SETTINGS)
     qcore.quantize(model, "rtn", activation_weighting=True, output=folder / "weighted", deterministic=True, **SETTINGS)
     qcore.quantize(model, Means(), output=folder / "unaware", **SETTINGS)
-    rounding = {**SETTINGS, "batch_size": None, "bs": 2, "iters": 4}
-    qcore.quantize(model, "autoround", output=folder / "rounded", deterministic=True, **rounding)
+    qcore.quantize(model, "autoround", output=folder / "rounded", deterministic=True, bs=2, iters=4, **TUNING)
     settings = {"calibration": tiny_tokens(), "adapter": "tiny", "device": "cpu", "plugins": with_tiny_adapter()}
     tiny = qcore.quantize(TinyModel(), "gptq", group_size=32, batch_size=1, deterministic=True, **settings)
     torch.save({n: m.weight_source().codes for n, m in tiny.named_modules() if isinstance(m, qcore.QuantLinear)},
@@ -110,7 +122,10 @@ def runs(folder):
 
 def dies(folder):
     """A run in which one process dies."""
-    qcore.quantize(folder / "model", Doomed(), output=folder / "dies", deterministic=True, **SETTINGS)
+    if os.environ.get("TUNED"):
+        qcore.quantize(folder / "model", DoomedTuning(bs=2, iters=4), output=folder / "dies", **TUNING)
+    else:
+        qcore.quantize(folder / "model", Doomed(), output=folder / "dies", deterministic=True, **SETTINGS)
 
 
 if __name__ == "__main__":

@@ -507,7 +507,8 @@ def test_no_iterations_is_plain_rounding_and_says_so(weights_of):
     "options",
     [{"iters": -1}, {"lr": 0}, {"lr": -0.1}, {"minmax_lr": 0}, {"bs": 0}, {"gradient_accumulate_steps": 0}, {"n_blocks": 0},
      {"preset": "fast"}, {"start": "awq"}, {"outliers": 1.0}, {"checks": -1}, {"float_targets": 2},
-     {"layer_lr": {"down": 0}}],
+     {"layer_lr": {"down": 0}}, {"layer_lr": {"down": float("inf")}}, {"lr": float("inf")}, {"minmax_lr": float("inf")},
+     {"iters": 10**12}, {"preset": ["light"]}],
 )  # fmt: skip
 def test_impossible_values_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
