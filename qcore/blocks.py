@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import is_linear
 from .algorithm import Linear, Task, TotalT
-from .capture import Captured, Closing, Enough, Stream, first_output, own
+from .capture import Captured, Closing, Enough, Stream, first_output, own, watching
 from .config import QuantConfig
 from .errors import RunError
 from .experts import Experts
@@ -95,7 +95,7 @@ class Block:
         counts, total = [0] * len(experts), 0
         for hidden, kwargs, mask in self.batches():
 
-            def note(_: nn.Module, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
+            def note(_: str, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
                 nonlocal total
                 chosen = _tokens(args[1], mask)  # [tokens, k]
                 total += len(chosen)
@@ -103,13 +103,8 @@ class Block:
                     counts[index] += int((chosen == index).sum())
                 raise Enough
 
-            hook = experts.register_forward_pre_hook(note)
-            try:
+            with watching({"": experts}, note), contextlib.suppress(Enough):
                 self.forward(hidden, kwargs)
-            except Enough:
-                pass
-            finally:
-                hook.remove()
         if len(self.share) < self.batches_in_all:
             everywhere = torch.tensor([*counts, total], device=self.device)
             self.ranks.sum([everywhere])
@@ -302,9 +297,18 @@ class Block:
     def record(self, name: str, **facts: Any) -> None:
         self.records[name].update(facts)
 
-    def original_weights(self) -> _OriginalWeights:
-        """A context in which every linear has its float weight again."""
-        return _OriginalWeights(self)
+    @contextlib.contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Within it every linear has its float weight again."""
+        current: dict[str, Any] = {}
+        for name, linear in self.linears.items():
+            current[name] = self._module(name).weight
+            set_weight(self._module(name), linear.weight)
+        try:
+            yield
+        finally:
+            for name, weight in current.items():
+                self._module(name).weight = weight
 
     @torch.no_grad()
     def advance(
@@ -323,7 +327,11 @@ class Block:
         for number, inputs in enumerate(self.ferry.bring(stream.hidden, stream.moved), stream.moved):
             hidden, arguments = stream.hidden[number], own(self.kwargs[number], self.device)
             if original:
-                with self._watched(names, visit, self.masks[number]):
+
+                def note(name: str, args: tuple[Any, ...], mask: Tensor | None = self.masks[number]) -> None:
+                    visit(name, _tokens(args[0], mask))  # type: ignore[misc]
+
+                with watching(self._modules(names if visit else ()), note):
                     output = self.forward(inputs, arguments)
             else:
                 with _Memoised(self, number):
@@ -345,25 +353,11 @@ class Block:
                 "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
             )
 
-    @contextlib.contextmanager
-    def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
-        """Show `visit` the inputs [tokens, in] of the named linears as they run."""
-        hooks = []
-        if visit is not None:
-            for name in names:
-
-                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    visit(name, _tokens(args[0], mask))
-
-                hooks.append(self._module(name).register_forward_pre_hook(note))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _module(self, name: str) -> nn.Module:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
+
+    def _modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: self._module(name) for name in names}
 
     @torch.no_grad()
     def _inputs(
@@ -372,27 +366,16 @@ class Block:
         """Run one batch until every named linear has been called; return their inputs as [tokens, in]."""
         seen: dict[str, list[Tensor]] = {}
         last: dict[str, Tensor] = {}
-        hooks = []
-        for name in names:
 
-            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen.setdefault(name, []).append(_tokens(args[0], mask))
-                last[name] = args[0]
-                if len(seen) == len(names):
-                    raise Enough
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, []).append(_tokens(args[0], mask))
+            last[name] = args[0]
+            if len(seen) == len(names):
+                raise Enough
 
-            hooks.append(self._module(name).register_forward_pre_hook(note))
-        try:
-            if memo_for is None:
-                self.forward(hidden, kwargs)
-            else:
-                with _Memoised(self, memo_for):
-                    self.forward(hidden, kwargs)
-        except Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+        memoised = contextlib.nullcontext() if memo_for is None else _Memoised(self, memo_for)
+        with watching(self._modules(names), note), contextlib.suppress(Enough), memoised:
+            self.forward(hidden, kwargs)
         if memo_for is not None and len(last) == 1 and len(seen[name := next(iter(last))]) == 1:
             self._keep_tail(name, last[name], memo_for)
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
@@ -463,22 +446,6 @@ def _from_parts(parts: dict[str, Tensor], config: QuantConfig) -> QuantizedWeigh
     return QuantizedWeight.from_tensors(parts, config)
 
 
-class _OriginalWeights:
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.current: dict[str, Any] = {}
-
-    def __enter__(self) -> None:
-        for name, linear in self.block.linears.items():
-            module = self.block._module(name)
-            self.current[name] = module.weight
-            set_weight(module, linear.weight)
-
-    def __exit__(self, *_: object) -> None:
-        for name, weight in self.current.items():
-            self.block._module(name).weight = weight
-
-
 class _Memoised:
     """While active, finished parts of the block return the output they gave for this batch in an earlier replay.
 
@@ -545,19 +512,13 @@ class _Memoised:
         if is_linear(module) or self.block.stream is None or key in self.block.stream.closing:
             return compute(module, *args, **kwargs)
         outputs: dict[str, tuple[Tensor, list[int]]] = {}
-        hooks = []
-        for inner, linear in module.named_modules():
-            if is_linear(linear):
 
-                def note(_: nn.Module, __: Any, output: Tensor, inner: str = inner) -> None:
-                    outputs[inner] = output, _versions(output)
+        def note(inner: str, _: Any, output: Tensor) -> None:
+            outputs[inner] = output, _versions(output)
 
-                hooks.append(linear.register_forward_hook(note))
-        try:
+        linears = {inner: linear for inner, linear in module.named_modules() if is_linear(linear)}
+        with watching(linears, note, after=True):
             output = compute(module, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         first, width = first_output(output), len(output) if isinstance(output, tuple) else 0
         found = [inner for inner, (x, versions) in outputs.items() if x is first and versions == _versions(x)]
         plain = width == 0 or (type(output) is tuple and all(other is None for other in output[1:]))

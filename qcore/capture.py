@@ -6,8 +6,9 @@ its blocks (masks, rotary embeddings, per-layer variants of both) is what they g
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,23 @@ class Captured:
 
 class Enough(Exception):
     """Everything wanted from this forward pass has been seen."""
+
+
+@contextlib.contextmanager
+def watching(modules: Mapping[str, nn.Module], note: Callable[..., None], *, after: bool = False) -> Iterator[None]:
+    """Within it `note(name, arguments)` is called in front of each of these modules; `after`: behind it, with its output too."""
+    hooks = []
+    for name, module in modules.items():
+
+        def hook(_: nn.Module, *seen: Any, name: str = name) -> None:
+            note(name, *seen)
+
+        hooks.append(module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def capture_inputs(
@@ -129,7 +147,8 @@ def capture(
                 recorders[-1].stop = True
                 attention = None if mask is None else mask.to(device, torch.int64)
                 try:
-                    _run_until_enough(model, ids.to(device), attention)
+                    with torch.no_grad(), contextlib.suppress(Enough):
+                        model(input_ids=ids.to(device), attention_mask=attention, use_cache=False)
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise RunError(
@@ -155,14 +174,6 @@ def capture(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
         f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
     ) from (stumbled[0] if stumbled else None)
-
-
-def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -> None:
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=attention, use_cache=False)
-    except Enough:
-        pass
 
 
 class _Recorder:

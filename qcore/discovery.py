@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import ModelAdapter, discover, is_linear
-from .capture import capture_inputs, first_output, own
+from .capture import capture_inputs, first_output, own, watching
 from .errors import ModelError
 from .experts import Experts
 from .linear import weight_of
@@ -81,28 +81,22 @@ def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict
     """
     inputs: list[tuple[Tensor, int]] = []
     numbers: dict[str, int] = {}
+    linears = {name: linear for name, linear in module.named_modules() if is_linear(linear)}
 
-    def watch(name: str) -> Callable[..., None]:
-        def note(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0]
-            if not _is_product(linear, x, output):
+    def note(name: str, args: tuple[Any, ...], output: Any) -> None:
+        x = args[0]
+        if not _is_product(linears[name], x, output):
+            return
+        for number, (known, version) in enumerate(inputs):
+            same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
+            if same and known.shape[-1] == x.shape[-1]:
+                numbers.setdefault(name, number)
                 return
-            for number, (known, version) in enumerate(inputs):
-                same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
-                if same and known.shape[-1] == x.shape[-1]:
-                    numbers.setdefault(name, number)
-                    return
-            inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
-            numbers.setdefault(name, len(inputs) - 1)
+        inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
+        numbers.setdefault(name, len(inputs) - 1)
 
-        return note
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
-    try:
+    with watching(linears, note, after=True):
         module(hidden, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return numbers
 
 
