@@ -238,23 +238,13 @@ def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: Model
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
             assert isinstance(original, Tensor)
-            kept = _CompactSource(weight)
+            kept = partial(QuantizedWeight.from_tensors, weight.to_tensors(), weight.config)  # packed, on the host
             linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
     tell("qcore_run_finished", report=report)
     return job.model
-
-
-class _CompactSource:
-    """Holds a weight's exact canonical form, codes packed, in host memory."""
-
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.tensors, self.config = weight.to_tensors(), weight.config
-
-    def __call__(self) -> QuantizedWeight:
-        return QuantizedWeight.from_tensors(self.tensors, self.config)
 
 
 def save(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -527,21 +528,9 @@ def load_quantized(
     target = dtype or compute_dtype(stored, device)
     model = skeleton(files, trust_remote_code, target)
     places = Placement(_balanced_map(model) if device_map == "auto" else device_map or {"": device})
-    names = Names(model)
-    layers = {names.layer_in_model(key): key for key in content.layers}
-    groups = _grouped(layers, together(model), places)
-    for name, key in layers.items():
-        layer = content.layers[key]
-        try:
-            shape = list(weight_of(model.get_submodule(name)).shape)
-        except AttributeError:
-            raise CheckpointError(f"{folder}: quantized layer {key} is not in {type(model).__name__}.") from None
-        if shape != [layer.out_features, layer.in_features]:
-            raise CheckpointError(
-                f"{folder}: quantized layer {key} has shape {[layer.out_features, layer.in_features]}, "
-                f"the model asks for {shape}."
-            )
-        replace_module(model, name, nn.Identity())
+    declared = [list(group) for group in together(model)]  # which looks at linears that are taken out next
+    layers = take_out(model, content, folder)
+    groups = _grouped(layers, declared, places)
     keys, pieces = _locate(model, floats)
     for name, key in keys.items():
         tensor = content.tensor(key)
@@ -556,7 +545,7 @@ def load_quantized(
     for group in groups:
         place = places(group[0])
         weights = [content.weight(layers[name]).to(place) for name in group]
-        sources = [WeightSource(content, layers[name]) for name in group]
+        sources = [partial(content.weight, layers[name]) for name in group]
         linears = quant_linears(weights, sources, backends.values(), place, target, backend, tokens)
         for name, linear in zip(group, linears, strict=True):
             replace_module(model, name, linear)
@@ -569,6 +558,25 @@ def load_quantized(
 
         model = dispatch_model(model, dict(places.device_map))
     return model.eval().requires_grad_(False)
+
+
+def take_out(model: nn.Module, content: Content, folder: Path) -> dict[str, str]:
+    """Put nothing in the place of the linears that are quantized; return their names in the model -> those on disk.
+
+    Raises CheckpointError for those that the model has not, or in another shape.
+    """
+    names = Names(model)
+    layers = {names.layer_in_model(key): key for key in content.layers}
+    for name, key in layers.items():
+        shape = [content.layers[key].out_features, content.layers[key].in_features]
+        try:
+            wanted = list(weight_of(model.get_submodule(name)).shape)
+        except AttributeError:
+            raise CheckpointError(f"{folder}: quantized layer {key} is not in {type(model).__name__}.") from None
+        if shape != wanted:
+            raise CheckpointError(f"{folder}: quantized layer {key} has shape {shape}, the model asks for {wanted}.")
+        replace_module(model, name, nn.Identity())
+    return layers
 
 
 def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -591,16 +599,6 @@ def _grouped(
             for name in group:
                 del single[name]
     return groups + [[name] for name in single]
-
-
-class WeightSource:
-    """Reads a layer's exact weight from the content it came from, whenever asked."""
-
-    def __init__(self, content: Content, name: str) -> None:
-        self.content, self.name = content, name
-
-    def __call__(self) -> Any:
-        return self.content.weight(self.name)
 
 
 class Placement:

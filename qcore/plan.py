@@ -16,7 +16,7 @@ from .checkpoint import ModelFolder
 from .config import Override, QuantConfig, resolve
 from .discovery import find_adapter
 from .errors import ConfigError, ModelError
-from .exporter import Exporter, LayerSpec
+from .exporter import Exporter, LayerSpec, refusals
 from .linear import QuantLinear
 from .memory import Room, plan_room
 from .model import Weights, compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
@@ -50,12 +50,7 @@ class Job:
 
     def specs(self) -> dict[str, LayerSpec]:
         """What a format is asked about before any work is done."""
-        specs = {}
-        for name, config in self.linears.items():
-            if config is not None:
-                out, columns = shape_of(self.model.get_submodule(name))
-                specs[name] = LayerSpec(name, config, columns, out)
-        return specs
+        return specs_of(self.model, self.linears)
 
     def describe(self) -> dict[str, Any]:
         """The settled facts of the run, as they stand in reports and in the output's provenance."""
@@ -136,6 +131,18 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
+def specs_of(
+    model: nn.Module, linears: Mapping[str, QuantConfig | None], act_order: bool = False
+) -> dict[str, LayerSpec]:
+    """Return the specs of the linears that a plan quantizes."""
+    specs = {}
+    for name, config in linears.items():
+        if config is not None:
+            out, columns = shape_of(model.get_submodule(name))
+            specs[name] = LayerSpec(name, config, columns, out, act_order)
+    return specs
+
+
 def plan_linears(
     model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
 ) -> dict[str, QuantConfig | None]:
@@ -164,15 +171,12 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
 
 def check_format(job: Job, exporter: Exporter) -> None:
     """Refuse, before any work, what the wanted format cannot hold."""
-    for spec in job.specs().values():
-        reason = exporter.why_not(spec)
-        if reason:
-            raise ConfigError(
-                f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
-                f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
-            )
     config = getattr(job.model, "config", None)
-    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
-    if reason:
-        raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
+    described = config.to_dict() if hasattr(config, "to_dict") else {}  # type: ignore[union-attr]
+    for spec, reason in refusals(exporter, job.specs(), described):
+        if spec is None:
+            raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
+        raise ConfigError(
+            f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
+            f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
+        )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint import ModelFolder, ShardWriter, bytes_of
 from .errors import CheckpointError, ConfigError, QcoreError, name_list
-from .exporter import Content, Exporter, LayerSpec
+from .exporter import Content, Exporter, LayerSpec, refusals
 from .files import disk_errors, read_json, write_json
 from .packing import recycling
 from .weight import QuantizedWeight
@@ -209,14 +209,9 @@ def _same_bytes(given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> tupl
 
 def refuse(exporter: Exporter, content: Content) -> None:
     """Raise CheckpointError when a format cannot hold the linears of a model, going by their specs."""
-    for layer in content.layers.values():
-        reason = exporter.why_not(layer)
-        if reason:
-            raise CheckpointError(f"format {exporter.name!r} cannot hold {layer.name}: {reason}.")
-    layers = list(content.layers.values())
-    reason = exporter.why_not_model(content.config) or exporter.why_not_together(layers)
-    if reason:
-        raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
+    for layer, reason in refusals(exporter, content.layers, content.config):
+        what = layer.name if layer else "this model"
+        raise CheckpointError(f"format {exporter.name!r} cannot hold {what}: {reason}.")
 
 
 def compare_names(content: Content, again: Content, folder: Path) -> None:

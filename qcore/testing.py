@@ -13,7 +13,8 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -379,17 +380,9 @@ def _quantized_tiny(config: QuantConfig, act_order: bool) -> nn.Module:
         out, columns = weight_of(linear).shape
         weight = random_weight(out, columns, config, act_order, linear.bias is not None, number)
         parent, _, child = f"blocks.{name}".rpartition(".")
-        module = QuantLinear(weight, backends, torch.device("cpu"), torch.float32, _Held(weight))
+        module = QuantLinear(weight, backends, torch.device("cpu"), torch.float32, partial(replace, weight))
         setattr(model.get_submodule(parent), child, module)
     return model
-
-
-@dataclass(frozen=True)
-class _Held:
-    weight: QuantizedWeight
-
-    def __call__(self) -> QuantizedWeight:
-        return self.weight
 
 
 def check_dataset(dataset: CalibrationDataset, samples: int = 4, seqlen: int = 16) -> None:

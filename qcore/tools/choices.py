@@ -32,8 +32,7 @@ def choices(
     dtype = dtype or compute_dtype(stored_dtype(content.source or ModelFolder(folder)), place)
     kinds: dict[MatmulSpec, list[str]] = {}
     for name, layer in content.layers.items():
-        spec = MatmulSpec(layer.config, layer.in_features, layer.out_features, layer.act_order, dtype, place, tokens)
-        kinds.setdefault(spec, []).append(name)
+        kinds.setdefault(MatmulSpec.of(layer, dtype, place, tokens), []).append(name)
     rows = [_choice(spec, names, judge(backends.values(), spec)) for spec, names in kinds.items()]
     return rows if wanted == "auto" else [{**row, "because": f"asked for; {row['because']}"} for row in rows]
 
