@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .model import (
 from .plan import Job, check_format, check_model, make_job
 from .plugins import Plugins, installed
 from .ranks import Ranks
-from .run import announce, nobody, quantize_blocks, quantize_to_folder
+from .run import quantize_blocks, quantize_to_folder
 from .saving import PROVENANCE, in_shards
 from .weight import QuantizedWeight
 
@@ -156,7 +156,7 @@ def quantize(
     if target is None:
         if calibrates:
             job.calibration = job.ranks.first(calibrate)
-        return _quantize_in_place(job, plugins, tokenizer, folder)
+        return _quantize_in_place(job, plugins.usable("backend").values(), tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
     journal = Journal(target, fresh, job.ranks)
@@ -170,7 +170,7 @@ def quantize(
                 "model": model_digest(folder),
             }
             job.calibration = journal.calibration(calibrate, asked)
-        report = quantize_to_folder(job, folder, journal, exporter, plugins)
+        report = quantize_to_folder(job, folder, journal, exporter)
     finally:
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
@@ -223,27 +223,23 @@ def _fits(folder: ModelFolder, device: torch.device) -> bool:
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
+def _quantize_in_place(
+    job: Job, backends: Collection[Backend], tokenizer: Any, folder: ModelFolder | None
+) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    tell = plugins.call if job.ranks.rank == 0 else nobody
-    tell(
-        "qcore_run_started",
-        plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
-    )
-    backends = plugins.usable("backend")
     unknown = unknown_tensors(job.model, folder.tensors) if folder else []
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, announce(tell)):
+    for _, results, found in quantize_blocks(job):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
             assert isinstance(original, Tensor)
             kept = partial(QuantizedWeight.from_tensors, weight.to_tensors(), weight.config)  # packed, on the host
-            linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
+            linear = QuantLinear(weight, backends, original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
     report = {**job.describe(), "layers": records}
     job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
-    tell("qcore_run_finished", report=report)
+    job.tell("qcore_run_finished", report=report)
     return job.model
 
 

@@ -25,6 +25,9 @@ from .plan import Job
 from .ranks import Ranks
 from .weight import QuantizedWeight
 
+#: what a block comes to: the weights of its linears by name, and a record of each
+Result = tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]
+
 
 class Journal:
     """The record of a run beside its output: what was asked for, the calibration tokens, each finished block.
@@ -135,13 +138,11 @@ class Journal:
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
         write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
 
-    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+    def read_block(self, index: int) -> Result | None:
         """Return a finished block, or None."""
         return self.ranks.first(lambda: self.read_own(index))
 
-    def read_own(
-        self, index: int, only: str | None = None
-    ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+    def read_own(self, index: int, only: str | None = None) -> Result | None:
         """As `read_block`, for the first process alone. only: one of the block's linears, the others left out."""
         path = self._block(index)
         if not path.is_file():

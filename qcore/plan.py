@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,10 @@ from .plugins import Plugins
 from .ranks import Ranks
 
 
+def nobody(hook: str, **facts: Any) -> None:
+    """In the place of the plugins on processes other than the first: one run has one course of events."""
+
+
 @dataclass
 class Job:
     """Everything a run needs, checked: made by `make_job`, used by `quantize_blocks`."""
@@ -42,6 +46,7 @@ class Job:
     label: str  # the model, as the user called it
     blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
+    tell: Callable[..., object] = nobody  # a hook's name and facts -> its implementers
 
     @property
     def batch_size(self) -> int:
@@ -113,6 +118,7 @@ def make_job(
         label=label,
         blocks=chosen.find_blocks(network),
         ranks=ranks,
+        tell=plugins.call if ranks.rank == 0 else nobody,
     )
 
 

@@ -28,11 +28,10 @@ from .checkpoint import ModelFolder
 from .errors import ConfigError, ModelError, RunError, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .files import complete_folder
-from .journal import Journal, fingerprint, provenance, renamed
+from .journal import Journal, Result, fingerprint, provenance, renamed
 from .memory import is_out_of_memory, keeper, limited
 from .model import FolderWeights, Names
 from .plan import Job
-from .plugins import Plugins
 from .weight import QuantizedWeight
 
 T = TypeVar("T")
@@ -150,14 +149,16 @@ class _Work:
 
 
 def quantize_blocks(
-    job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
+    job: Job, journal: Journal | None = None, resumed_at: int = 0
 ) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
     """Walk the blocks; yield (index, quantized weights, records) for each, resumed ones included.
 
-    Without a journal the weights are on the CPU. `finished` is told of every newly quantized block.
+    Without a journal the weights are on the CPU. Plugins are told of the start and of every newly quantized block.
     """
+    counts = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": resumed_at}
+    job.tell("qcore_run_started", plan={**counts, **job.describe()})
     at_once, heap = job.algorithm.blocks_at_once, 0
-    with limited(job.device, job.room.limit), _Behind(job, journal, finished) as behind:
+    with limited(job.device, job.room.limit), _Behind(job, journal) as behind:
         inputs = _Inputs(job, job.calibration) if job.calibration is not None else None
         for first in range(0, len(job.blocks), at_once):
             indices = list(range(first, min(first + at_once, len(job.blocks))))
@@ -205,10 +206,8 @@ class _Behind:
     run, what was taken is written first.
     """
 
-    def __init__(
-        self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
-    ) -> None:
-        self.journal, self.finished = journal, finished
+    def __init__(self, job: Job, journal: Journal | None) -> None:
+        self.journal, self.tell = journal, job.tell
         self.ahead = _lead(job)
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
@@ -258,7 +257,7 @@ class _Behind:
         while self.queue and (len(self.queue) > ahead or self.queue[0].done()):
             index, results, records, is_new = self.queue.popleft().result()
             if is_new:
-                self.finished(index, records)
+                self.tell("qcore_block_finished", index=index, records=records)
             yield index, results, records
 
 
@@ -324,9 +323,7 @@ def _trim_heap(ceiling: int) -> int:
     return ceiling or pages
 
 
-def _quantize(
-    job: Job, block: walk.Block, indices: Sequence[int]
-) -> list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+def _quantize(job: Job, block: walk.Block, indices: Sequence[int]) -> list[Result]:
     """Let the algorithm work on a block and check that it did all of it, in the form promised.
 
     Returns weights and records of each of the model's blocks that it stands for.
@@ -349,7 +346,7 @@ def _quantize(
             f"{block.name}; look at {name_list(missing)}."
         )
     results = block.agree(results)
-    done: list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]] = []
+    done: list[Result] = []
     for index in indices:
         prefix, records = f"{job.blocks[index][0]}.", []
         for name in [name for name in block.linears if name.startswith(prefix)]:
@@ -365,22 +362,16 @@ def _quantize(
     return done
 
 
-def quantize_to_folder(
-    job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter, plugins: Plugins
-) -> dict[str, Any]:
+def quantize_to_folder(job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter) -> dict[str, Any]:
     """Quantize from folder to folder, one block in memory at a time; return the report.
 
     Raises RunError, CheckpointError and ModelError; whatever happens, the output is complete or absent and finished
     blocks are kept.
     """
-    assert isinstance(job.weights, FolderWeights)
-    done = journal.begin(fingerprint(job, folder))
-    started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
-    tell = plugins.call if job.ranks.rank == 0 else nobody
-    tell("qcore_run_started", plan=started)
+    resumed_at = journal.begin(fingerprint(job, folder))
     records: list[dict[str, Any]] = []
     location: dict[str, int] = {}
-    for index, results, found in quantize_blocks(job, journal, announce(tell)):
+    for index, results, found in quantize_blocks(job, journal, resumed_at):
         records += found
         location.update(dict.fromkeys(results, index))
         del results
@@ -393,19 +384,8 @@ def quantize_to_folder(
 
     job.ranks.first(write)
     report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
-    tell("qcore_run_finished", report=report)
+    job.tell("qcore_run_finished", report=report)
     return report
-
-
-def nobody(hook: str, **facts: Any) -> None:
-    """In the place of the plugins on processes other than the first: one run has one course of events."""
-
-
-def announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
-    def finished(index: int, records: list[dict[str, Any]]) -> None:
-        tell("qcore_block_finished", index=index, records=records)
-
-    return finished
 
 
 def journal_content(
