@@ -19,7 +19,6 @@ from .errors import RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
 from .memory import MEMO_BYTES, Ferry
-from .packing import pack
 from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
 
@@ -422,16 +421,8 @@ def _parts(weight: QuantizedWeight, facts: Mapping[str, Any], device: torch.devi
 
     With it go the facts recorded of it that are tensors.
     """
-    parts = {
-        "codes": pack(weight.codes, weight.bits),
-        "scales": weight.scales,
-        "zeros": weight.zeros,
-        "g_idx": weight.g_idx,
-    }
-    if weight.bias is not None:
-        parts["bias"] = weight.bias
-    parts |= {f"{FACT}{key}": fact for key, fact in facts.items() if isinstance(fact, Tensor)}
-    return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
+    noted = {f"{FACT}{key}": fact.to(device) for key, fact in facts.items() if isinstance(fact, Tensor)}
+    return {name: tensor.contiguous() for name, tensor in {**weight.to_tensors(device), **noted}.items()}
 
 
 def _described(parts: Mapping[str, Tensor], config: QuantConfig, facts: Mapping[str, Any]) -> tuple[Any, ...]:
