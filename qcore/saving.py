@@ -253,12 +253,16 @@ def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
     return changed
 
 
+class InexactError(CheckpointError):
+    """A format cannot hold the values of a weight."""
+
+
 def exact_weight(exporter: Exporter, content: Content, name: str) -> QuantizedWeight:
-    """Return a linear's weight; raise CheckpointError when a format cannot hold its values."""
+    """Return a linear's weight; raise InexactError when a format cannot hold its values."""
     weight = content.weight(name)
     reason = exporter.why_not_exact(weight)
     if reason:
-        raise CheckpointError(f"format {exporter.name!r} cannot hold {name}: {reason}.")
+        raise InexactError(f"format {exporter.name!r} cannot hold {name}: {reason}.")
     return weight
 
 
