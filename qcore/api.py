@@ -21,7 +21,7 @@ from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
 from .config import Override, QuantConfig
-from .content import Info, content_of, info_of, open_content, plain_record, unknown_tensors
+from .content import Info, content_of, info_of, open_content, plain_record
 from .errors import ConfigError, ModelError, QcoreError, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
@@ -111,24 +111,14 @@ def quantize(
     if target is not None:
         check_output(target)
     place, limit = pick_device(device), parse_bytes(max_memory)
-    folder = None
-    if isinstance(model, nn.Module):
-        if target is not None:
-            raise ConfigError("output= streams from a folder; for an nn.Module leave it out and call qcore.save.")
-        network, label = model.eval(), type(model).__name__
-    else:
-        folder, label = ModelFolder(resolve_model(str(model), plugins, revision)), str(model)
-        if folder.config.get("quantization_config"):
-            check_model(nn.Module(), folder)
-        working = compute_dtype(stored_dtype(folder), place)
-        network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
+    network, folder = open_unquantized(model, target is not None, place, trust_remote_code, revision, plugins)
+    if folder:
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
-    check_model(network, folder)
-    unfuse(network)
     weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
+    label = str(model) if folder else type(model).__name__
     job = make_job(
         network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
         batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
@@ -150,12 +140,9 @@ def quantize(
     if job.ranks.size > 1:
         same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
 
-    def calibrate() -> Calibration:
-        return given or make_calibration()
-
     if target is None:
         if calibrates:
-            job.calibration = job.ranks.first(calibrate)
+            job.calibration = job.ranks.first(lambda: given or make_calibration())
         return _quantize_in_place(job, plugins.usable("backend").values(), tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
@@ -169,7 +156,7 @@ def quantize(
                 "seed": seed,
                 "model": model_digest(folder),
             }
-            job.calibration = journal.calibration(calibrate, asked)
+            job.calibration = journal.calibration(lambda: given or make_calibration(), asked)
         report = quantize_to_folder(job, folder, journal, exporter)
     finally:
         journal.close()
@@ -194,6 +181,31 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
             known = {*kind.Params.model_fields, *(quantize.__kwdefaults__ or {})} - {"plugins"}
             raise ConfigError(f"neither quantize nor algorithm {algo!r} has an option {name!r}. {suggest(name, known)}")
     return kind(**params)
+
+
+def open_unquantized(
+    model: nn.Module | str | Path,
+    streamed: bool,
+    device: torch.device,
+    trust_remote_code: bool,
+    revision: str | None,
+    plugins: Plugins,
+) -> tuple[nn.Module, ModelFolder | None]:
+    """Return a float model, experts taken apart, and the folder it is in, if it is; streamed: without its weights.
+
+    Raises ModelError for one that is quantized already or cannot be, ConfigError for a module that is to be streamed.
+    """
+    folder = None
+    if not isinstance(model, nn.Module):
+        folder = ModelFolder(resolve_model(str(model), plugins, revision))
+        if folder.config.get("quantization_config"):
+            check_model(nn.Module(), folder)
+        working = compute_dtype(stored_dtype(folder), device)
+        model = skeleton(folder, trust_remote_code) if streamed else load_float(folder, trust_remote_code, working)
+    elif streamed:
+        raise ConfigError("output= streams from a folder; for an nn.Module leave it out and call qcore.save.")
+    check_model(model, folder)
+    return unfuse(model.eval()), folder
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -227,7 +239,7 @@ def _quantize_in_place(
     job: Job, backends: Collection[Backend], tokenizer: Any, folder: ModelFolder | None
 ) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    unknown = unknown_tensors(job.model, folder.tensors) if folder else []
+    info = info_of(job.model, tokenizer, folder, folder.tensors if folder else ())
     records: list[dict[str, Any]] = []
     for _, results, found in quantize_blocks(job):
         records += found
@@ -237,9 +249,9 @@ def _quantize_in_place(
             kept = partial(QuantizedWeight.from_tensors, weight.to_tensors(), weight.config)  # packed, on the host
             linear = QuantLinear(weight, backends, original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
-    report = {**job.describe(), "layers": records}
-    job.model.qcore_info = info_of(report, tokenizer, job.model, folder, unknown)  # type: ignore[assignment]
-    job.tell("qcore_run_finished", report=report)
+    info.report = {**job.describe(), "layers": records}
+    job.model.qcore_info = info  # type: ignore[assignment]
+    job.tell("qcore_run_finished", report=info.report)
     return job.model
 
 
@@ -312,7 +324,7 @@ def load(
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    network.qcore_info = info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors))  # type: ignore[assignment]
+    network.qcore_info = info_of(network, tokenizer, files, content.tensors, report)  # type: ignore[assignment]
     return network
 
 

@@ -59,9 +59,8 @@ class Ranks:
         """Add up each tensor over the processes, in place: all end with the same."""
         if self.size > 1:
             with self._talking():
-                for tensor in sorted(
-                    tensors, key=lambda tensor: tensor.is_cuda
-                ):  # hosts notice at once that one is gone
+                # those of hosts first, which notice at once that one is gone
+                for tensor in sorted(tensors, key=lambda tensor: tensor.is_cuda):
                     with self._there(tensor) as there:
                         dist.all_reduce(there)
 

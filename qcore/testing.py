@@ -287,16 +287,14 @@ def check_backend(
                 for out, columns in ((64, 128), (40, 96)):
                     spec = MatmulSpec(config, columns, out, act_order, dtype, torch.device(device))
                     if backend.why_not(spec) is None:
-                        _check_matmul(backend, spec, tolerance)
-                        if spec.dtype not in compiled:
-                            _check_compiles(backend, spec, tolerance)
-                            compiled.add(spec.dtype)
+                        _check_matmul(backend, spec, tolerance, compiles=spec.dtype not in compiled)
+                        compiled.add(spec.dtype)
                         served += 1
     assert served, f"{backend.name} served none of the layers tried"
     return served
 
 
-def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
+def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float, compiles: bool) -> None:
     weight = random_weight(spec.out_features, spec.in_features, spec.config, spec.act_order)
     buffers = backend.prepare(weight, spec)
     W = weight.to(spec.device).dequantize(torch.float64)
@@ -311,17 +309,11 @@ def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
         grad = torch.randn_like(y)
         (found,) = torch.autograd.grad(y, x, grad)
         _assert_close(f"{backend.name}: gradient {spec}", found, grad.double() @ W, limit)
-
-
-def _check_compiles(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
-    weight = random_weight(spec.out_features, spec.in_features, spec.config, spec.act_order)
-    buffers = backend.prepare(weight, spec)
-    W = weight.to(spec.device).dequantize(torch.float64)
-    limit = tolerance if spec.dtype == torch.float32 else 8 * torch.finfo(spec.dtype).eps
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: backend.matmul(x, buffers, spec) + 1, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, spec.in_features, dtype=spec.dtype, device=spec.device)
-    _assert_close(f"{backend.name}: compiled {spec}", compiled(x), x.double() @ W.t() + 1, limit)
+    if compiles:
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: backend.matmul(x, buffers, spec) + 1, fullgraph=True, backend="aot_eager")
+        x = torch.randn(3, spec.in_features, dtype=spec.dtype, device=spec.device)
+        _assert_close(f"{backend.name}: compiled {spec}", compiled(x), x.double() @ W.t() + 1, limit)
 
 
 def _assert_close(what: str, found: Tensor, expected: Tensor, limit: float) -> None:

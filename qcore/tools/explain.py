@@ -13,15 +13,15 @@ from torch import nn
 from .. import grid
 from ..adapter import ModelAdapter, _any_expert, is_linear
 from ..algorithm import Algorithm
-from ..api import DEFAULT_ALGORITHM, _algorithm, pick_device
-from ..checkpoint import ModelFolder, ShardWriter, resolve_model
+from ..api import DEFAULT_ALGORITHM, _algorithm, open_unquantized, pick_device
+from ..checkpoint import ModelFolder, ShardWriter
 from ..config import Override, QuantConfig
 from ..experts import Experts
 from ..exporter import Exporter
 from ..files import check_output
 from ..memory import parse_bytes
-from ..model import FolderWeights, Names, _get, longest, skeleton, stored_dtype
-from ..plan import Job, check_format, check_model, make_job, shape_of
+from ..model import FolderWeights, Names, _get, longest, stored_dtype
+from ..plan import Job, check_format, make_job, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
 from ..saving import FolderExporter
@@ -68,11 +68,8 @@ def explain(
     algorithm = _algorithm(plugins, algo, params)
     if output is not None:
         check_output(Path(output))
-    folder = ModelFolder(resolve_model(str(model), plugins))
-    if folder.config.get("quantization_config"):
-        check_model(nn.Module(), folder)
-    network = skeleton(folder, trust_remote_code)
-    check_model(network, folder)
+    network, folder = open_unquantized(str(model), True, place, trust_remote_code, None, plugins)
+    assert folder is not None
     seqlen = min(seqlen, longest(network) or seqlen)
     job = make_job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
@@ -159,19 +156,14 @@ def _kind(job: Job, name: str, config: QuantConfig) -> _Kind:
 def _blank(out: int, columns: int, config: QuantConfig, bias: torch.dtype | None) -> QuantizedWeight:
     """A weight of a kind, all zero."""
     groups = grid.num_groups(columns, config.group_size)
+    codes, scales = torch.zeros(out, columns, dtype=torch.uint8), torch.ones(out, groups, dtype=torch.float16)
     zeros = torch.full((out, groups), grid.symmetric_zero(config.bits), dtype=torch.int32)
-    return QuantizedWeight(
-        torch.zeros(out, columns, dtype=torch.uint8),
-        torch.ones(out, groups, dtype=torch.float16),
-        zeros,
-        grid.group_index(columns, config.group_size),
-        config,
-        None if bias is None else torch.zeros(out, dtype=bias),
-    )
+    g_idx = grid.group_index(columns, config.group_size)
+    return QuantizedWeight(codes, scales, zeros, g_idx, config, None if bias is None else torch.zeros(out, dtype=bias))
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 def _bytes_of(job: Job, name: str) -> int:
@@ -190,8 +182,7 @@ def _shard_bytes(exporter: FolderExporter, expected: Sequence[str], sizes: Seque
 
 def _quantized_bytes(out: int, columns: int, config: QuantConfig) -> int:
     """Codes, and per group a scale of 16 bits and a zero point."""
-    groups = 1 if config.group_size == -1 else -(-columns // config.group_size)
-    return out * (columns * config.bits + groups * (16 + config.bits)) // 8
+    return out * (columns * config.bits + grid.num_groups(columns, config.group_size) * (16 + config.bits)) // 8
 
 
 def _kinds(model: nn.Module, adapter: ModelAdapter) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             linear = QuantLinear(source().to(place), backends.values(), place, parameter.dtype, source, wanted)
             replace_module(model, name, linear)
         report, tokenizer = dict(self.content.provenance), load_tokenizer(self.folder)
-        model.qcore_info = info_of(report, tokenizer, model, self.content.source)  # type: ignore[assignment]
+        model.qcore_info = info_of(model, tokenizer, self.content.source, report=report)  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
