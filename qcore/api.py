@@ -30,25 +30,15 @@ from .fast import accelerate
 from .files import check_manifest, check_output, complete_folder, disk_errors, read_json, write_manifest
 from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
+from .loading import load_quantized
 from .memory import parse_bytes
-from .model import (
-    FolderWeights,
-    ModuleWeights,
-    Names,
-    compute_dtype,
-    load_float,
-    load_quantized,
-    load_tokenizer,
-    longest,
-    skeleton,
-    stored_dtype,
-    vocabulary,
-)
+from .model import compute_dtype, load_float, load_tokenizer, longest, skeleton, stored_dtype, vocabulary
 from .plan import Job, check_format, check_model, make_job
 from .plugins import Plugins, installed
 from .ranks import Ranks
 from .run import quantize_blocks, quantize_to_folder
 from .saving import PROVENANCE, in_shards
+from .streaming import FolderWeights, ModuleWeights, Names
 from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError, RunError
 from .memory import is_out_of_memory, keeper
-from .model import Weights
+from .streaming import Weights
 
 
 @dataclass

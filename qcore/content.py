@@ -18,8 +18,9 @@ from .errors import CheckpointError, ModelError, suggest
 from .exporter import Content, Exporter, LayerSpec
 from .journal import provenance, renamed
 from .linear import QuantLinear
-from .model import Names, match_keys, save_own_code
+from .model import save_own_code
 from .plugins import Plugins, installed
+from .streaming import Names, match_keys
 from .weight import QuantizedWeight
 
 

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import ModelAdapter, find_block_list
+from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .calibration import Calibration
 from .checkpoint import ModelFolder
 from .config import Override, QuantConfig, resolve
-from .discovery import find_adapter
+from .discovery import find_adapter, find_block_list
 from .errors import ConfigError, ModelError
 from .exporter import Exporter, LayerSpec, refusals
 from .linear import QuantLinear
 from .memory import Room, plan_room
-from .model import Weights, compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
+from .model import compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
 from .plugins import Plugins
 from .ranks import Ranks
+from .streaming import Weights
 
 
 def nobody(hook: str, **facts: Any) -> None:

@@ -30,8 +30,8 @@ from .exporter import Content, Exporter, LayerSpec
 from .files import complete_folder
 from .journal import Journal, Result, fingerprint, provenance, renamed
 from .memory import is_out_of_memory, keeper, limited
-from .model import FolderWeights, Names
 from .plan import Job
+from .streaming import FolderWeights, Names
 from .weight import QuantizedWeight
 
 T = TypeVar("T")

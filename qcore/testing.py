@@ -36,8 +36,8 @@ from .experts import unfuse
 from .exporter import Exporter
 from .files import complete_folder
 from .linear import QuantLinear, weight_of
-from .model import ModuleWeights
 from .plugins import KINDS, Plugins, installed
+from .streaming import ModuleWeights
 from .target import Finding, Level, Subject, Target
 from .weight import QuantizedWeight
 

@@ -16,9 +16,10 @@ from ..content import open_content
 from ..discovery import find_adapter
 from ..errors import ConfigError, suggest
 from ..exporter import LayerSpec, refusals
-from ..model import FolderWeights, skeleton
+from ..model import skeleton
 from ..plan import plan_linears, specs_of
 from ..plugins import Plugins, installed
+from ..streaming import FolderWeights
 from ..target import Finding, Subject, Target
 
 

@@ -11,20 +11,22 @@ import torch
 from torch import nn
 
 from .. import grid
-from ..adapter import ModelAdapter, _any_expert, is_linear
+from ..adapter import ModelAdapter, is_linear
 from ..algorithm import Algorithm
 from ..api import DEFAULT_ALGORITHM, _algorithm, open_unquantized, pick_device
 from ..checkpoint import ModelFolder, ShardWriter
 from ..config import Override, QuantConfig
+from ..discovery import _any_expert
 from ..experts import Experts
 from ..exporter import Exporter
 from ..files import check_output
 from ..memory import parse_bytes
-from ..model import FolderWeights, Names, _get, longest, stored_dtype
+from ..model import longest, stored_dtype
 from ..plan import Job, check_format, make_job, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
 from ..saving import FolderExporter
+from ..streaming import FolderWeights, Names, get_tensor
 from ..weight import QuantizedWeight
 from .probe import probe as try_out
 
@@ -167,7 +169,7 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _bytes_of(job: Job, name: str) -> int:
-    return _get(job.model, name).numel() * job.weights.dtype_of(name).itemsize
+    return get_tensor(job.model, name).numel() * job.weights.dtype_of(name).itemsize
 
 
 def _shard_bytes(exporter: FolderExporter, expected: Sequence[str], sizes: Sequence[int]) -> int:

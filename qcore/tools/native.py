@@ -23,7 +23,8 @@ from ..errors import CheckpointError
 from ..experts import unfuse
 from ..exporter import Content
 from ..linear import QuantLinear, replace_module
-from ..model import Placement, load_tokenizer, take_out
+from ..loading import Placement, take_out
+from ..model import load_tokenizer
 from ..plugins import Plugins, installed
 
 

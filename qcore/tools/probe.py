@@ -21,9 +21,9 @@ from ..checkpoint import ModelFolder
 from ..exporter import Content, Exporter
 from ..journal import Journal
 from ..memory import limited
-from ..model import FolderWeights
 from ..plan import Job, shape_of
 from ..run import _Inputs, _move_on, _quantize, _Work, journal_content
+from ..streaming import FolderWeights
 
 #: a trial of one batch that takes longer than this many seconds is not repeated, and the longer one is of two batches
 PATIENCE = 10.0

@@ -8,8 +8,8 @@ import qcore
 from qcore import ModelError, QuantConfig, RunError
 from qcore import blocks as walk
 from qcore.capture import Stream, capture_inputs
-from qcore.model import ModuleWeights
 from qcore.plan import plan_linears
+from qcore.streaming import ModuleWeights
 from qcore.testing import TinyBlock, TinyModel, random_weight, tiny_tokens, tiny_transformer
 
 CPU = torch.device("cpu")
