@@ -89,15 +89,14 @@ def capture_inputs(
 
     keep: puts hidden states where they stay between uses; without it, on the device.
     """
-    brought: list[str] = []
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    before = [name for name in before_blocks or outside(model, blocks_name) if name in present]
     try:
-        for name in before_blocks or outside(model, blocks_name):
-            if _has_module(model, name):
-                brought.append(name)
-                weights.bring(name, device, dtype)
+        for name in before:
+            weights.bring(name, device, dtype)
         return capture(model, blocks, batches, device, keep or keeper(device, "device"))
     finally:
-        for name in brought:
+        for name in before:
             weights.let_go(name)
 
 
@@ -112,14 +111,6 @@ def outside(model: nn.Module, blocks_name: str) -> list[str]:
             if child != path[depth] and module is not head:
                 names.append(f"{parent}.{child}" if parent else child)
     return names
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def capture(

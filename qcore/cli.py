@@ -563,7 +563,7 @@ def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, t
         click.echo(json.dumps(rows))
     else:
         columns = page.compared_columns(rows)
-        _table([page.COMPARED[name] for name in columns], [page.compared_cells(row, columns) for row in rows])
+        _table([page.COMPARED[name][0] for name in columns], [page.compared_cells(row, columns) for row in rows])
 
 
 def _write(file: Path, content: str) -> None:

@@ -270,9 +270,5 @@ def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, An
     from . import __version__
 
     versions = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**versions, **description, "layers": without_times(records)}
-
-
-def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records as they go into an output folder: equal runs must write equal bytes."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    layers = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return {**versions, **description, "layers": layers}
