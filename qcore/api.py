@@ -5,7 +5,6 @@ Each is a short list of steps; the steps live in the files this one imports.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
 from .config import Override, QuantConfig
 from .content import Info, content_of, info_of, open_content, plain_record
-from .errors import ConfigError, ModelError, QcoreError, suggest
+from .errors import ConfigError, ModelError, first_line, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Exporter
@@ -210,7 +209,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from None
     if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
@@ -219,7 +218,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 def _fits(folder: ModelFolder, device: torch.device) -> bool:
     """Whether the float model takes at most half of the device's memory, so that it can be brought in whole."""
     width = compute_dtype(stored_dtype(folder), device).itemsize
-    size = sum(math.prod(info.shape) for info in folder.tensors.values()) * width
+    size = sum(info.count for info in folder.tensors.values()) * width
     if device.type == "cuda":
         return size <= torch.cuda.get_device_properties(device).total_memory / 2
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
@@ -448,7 +447,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
     files = content.source or ModelFolder(path)
     weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())
     floats = set(content.tensors)
-    quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)
+    quantized_bytes = sum(info.nbytes for name, info in files.tensors.items() if name not in floats)
     records = {record["name"]: record for record in content.provenance.get("layers", [])}
     order = {name: number for number, name in enumerate(records)}  # as they ran, where that is known
     names = sorted(content.layers, key=lambda name: order.get(name, len(order)))
@@ -458,7 +457,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "format": exporter.name,
         "model_type": files.config.get("model_type"),
         "size": size,
-        "size_float16": 2 * (weights + sum(torch.Size(files.tensors[name].shape).numel() for name in floats)),
+        "size_float16": 2 * (weights + sum(files.tensors[name].count for name in floats)),
         "quantized_weights": weights,
         "bits_per_weight": 8 * quantized_bytes / weights if weights else None,
         "layers": [{**plain_record(content.layers[name]), **records.get(name, {})} for name in names],
@@ -467,20 +466,3 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "notes": list(content.notes),
         "manifest": check_manifest(path),
     }
-
-
-def _bytes(info: Any) -> int:
-    return int(torch.Size(info.shape).numel()) * int(info.dtype.itemsize)
-
-
-__all__ = [
-    "QcoreError",
-    "content_of",
-    "evaluate",
-    "inspect",
-    "load",
-    "open_content",
-    "quantize",
-    "report",
-    "save",
-]

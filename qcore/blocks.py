@@ -528,7 +528,7 @@ def _versions(value: Any) -> list[int]:
 def _size(value: Any) -> int:
     """Bytes of the tensors in a nested value."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return value.nbytes
     if isinstance(value, (list, tuple)):
         return sum(_size(item) for item in value)
     return sum(_size(item) for item in value.values()) if isinstance(value, dict) else 0

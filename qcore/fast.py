@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Backend
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .plugins import Plugins, installed
 from .tape import Unfit, record
 
@@ -200,7 +200,7 @@ def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     try:
         fast()
     except Exception as error:  # whatever the compilers raise
-        _tell(f"torch.compile failed on the model's step, which runs uncompiled ({str(error).strip().splitlines()[0]})")
+        _tell(f"torch.compile failed on the model's step, which runs uncompiled ({first_line(error)})")
         return run
     return fast
 

@@ -139,7 +139,7 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for info in folder.tensors.values():
         if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.count
     if not sizes:
         raise ModelError(f"{folder.path} holds no floating point weights.")
     return max(sizes, key=lambda dtype: sizes[dtype])

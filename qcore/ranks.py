@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .algorithm import Total
-from .errors import BackendError, ConfigError, QcoreError, RunError
+from .errors import BackendError, ConfigError, QcoreError, RunError, first_line
 
 T = TypeVar("T")
 TotalT = TypeVar("TotalT", bound=Total)
@@ -133,7 +133,7 @@ def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
     """Undo `_packed`, into the tensors."""
     start = 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.element_size()):
-        stop = start + tensor.numel() * tensor.element_size()
+        stop = start + tensor.nbytes
         tensor.copy_(packed[start:stop].view(tensor.dtype).view(tensor.shape))
         start = stop
 
@@ -266,7 +266,7 @@ def connect(device: str) -> Iterator[None]:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes cannot find each other: {str(error).splitlines()[0]}.") from error
+        raise RunError(f"the processes cannot find each other: {first_line(error)}.") from error
     _OWN_STORE.append(store)
     try:
         yield

@@ -25,7 +25,7 @@ from . import blocks as walk
 from .calibration import Calibration
 from .capture import Captured, Stream, capture_inputs
 from .checkpoint import ModelFolder
-from .errors import ConfigError, ModelError, RunError, name_list
+from .errors import ConfigError, ModelError, RunError, first_line, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .files import complete_folder
 from .journal import Journal, Result, fingerprint, provenance, renamed
@@ -139,7 +139,7 @@ class _Work:
             except (RuntimeError, MemoryError) as error:
                 if self.inputs is None or not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
             del self.block  # and, with the error, all that it held
             gc.collect()  # or what holds itself stays until the next block
             self.inputs.shrink(reason)

@@ -11,6 +11,7 @@ import torch
 from .. import api
 from ..backend import MatmulSpec, Verdict, judge
 from ..checkpoint import ModelFolder, resolve_model
+from ..content import open_content
 from ..model import compute_dtype, stored_dtype
 from ..plugins import Plugins, installed
 
@@ -26,7 +27,7 @@ def choices(
     """
     plugins = plugins or installed()
     folder = resolve_model(str(model), plugins)
-    _, content = api.open_content(folder, plugins)
+    _, content = open_content(folder, plugins)
     backends, wanted = api.backends_for(backend, plugins)
     place = api.pick_device(device)
     dtype = dtype or compute_dtype(stored_dtype(content.source or ModelFolder(folder)), place)

@@ -127,7 +127,7 @@ def _disk(job: Job, folder: ModelFolder, exporter: Exporter) -> dict[str, Any]:
     kinds = {name: _kind(job, name, config) for name, config in job.linears.items() if config is not None}
     floats = {names.on_disk(n): _bytes_of(job, n) for n in job.weights.keys if n.rpartition(".")[0] not in kinds}
     for stray in set(folder.tensors) - set(job.weights.keys.values()):
-        floats[stray] = torch.Size(folder.tensors[stray].shape).numel() * folder.tensors[stray].dtype.itemsize
+        floats[stray] = folder.tensors[stray].nbytes
     blanks = {kind: _blank(*kind) for kind in dict.fromkeys(kinds.values())}
     kept = {kind: _sizes(blank.to_tensors()) for kind, blank in blanks.items()}
     journal = sum(sum(kept[kind].values()) for kind in kinds.values())

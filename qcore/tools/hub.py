@@ -11,7 +11,7 @@ from torch import nn
 
 from ..api import DEFAULT_FORMAT, inspect, save
 from ..content import open_content
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..plugins import Plugins, installed
 from .checking import check
 
@@ -59,8 +59,7 @@ def push_to_hub(
         except (
             Exception
         ) as error:  # what is behind huggingface_hub raises kinds of its own, which change between versions
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{folder} could not be uploaded to {repo_id}: {reason}") from None
+            raise ModelError(f"{folder} could not be uploaded to {repo_id}: {first_line(error)}") from None
     return str(commit.commit_url)
 
 

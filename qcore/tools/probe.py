@@ -156,7 +156,7 @@ class _Trials:
         keep = seconds.lap()
         gpu = torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
         streams = [inputs.captured.stream, inputs.float_inputs] if inputs is not None else []
-        hidden = sum(each.numel() * each.element_size() for stream in streams if stream for each in stream.hidden)
+        hidden = sum(each.nbytes for stream in streams if stream for each in stream.hidden)
         del inputs, streams
         location = {name: index for index, (results, _) in zip(indices, done, strict=True) for name in results}
         records = [record for _, records in done for record in records]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import api
+from ..content import open_content
 from ..errors import ConfigError
 from ..exporter import Content
 from ..plugins import Plugins, installed
@@ -35,7 +36,7 @@ def gather(
     if reference is not None and text is None:
         raise ConfigError("a reference is measured on text: give text (--text) as well.")
     found = api.inspect(folder, plugins)
-    _, content = api.open_content(Path(folder), plugins)
+    _, content = open_content(Path(folder), plugins)
     layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in found["layers"]]
     measured = None
     if text is not None:
