@@ -32,7 +32,7 @@ from .linear import QuantLinear, replace_module
 from .loading import load_quantized
 from .memory import parse_bytes
 from .model import compute_dtype, load_float, load_tokenizer, longest, skeleton, stored_dtype, vocabulary
-from .plan import Job, check_format, check_model, make_job
+from .plan import Job, check_format, check_model
 from .plugins import Plugins, installed
 from .ranks import Ranks
 from .run import quantize_blocks, quantize_to_folder
@@ -108,7 +108,7 @@ def quantize(
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
     label = str(model) if folder else type(model).__name__
-    job = make_job(
+    job = Job(
         network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
         batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
         ranks=Ranks(deterministic),

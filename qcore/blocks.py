@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -37,33 +37,58 @@ class Span(nn.ModuleDict):
         return hidden
 
 
-@dataclass
 class Block:
-    """One decoder block under work; implements algorithm.BlockContext (see there)."""
+    """One decoder block under work, its weights in memory; implements algorithm.BlockContext (see there).
 
-    index: int
-    name: str
-    module: nn.Module
-    device: torch.device
-    seed: int
-    linears: Mapping[str, Linear]
-    groups: Sequence[tuple[str, ...]]
-    stages: Sequence[Sequence[tuple[str, ...]]]
-    stream: Stream | None
-    float_inputs: Stream | None
-    kwargs: list[dict[str, Any]]
-    masks: list[Tensor | None]
-    records: dict[str, dict[str, Any]]
-    ranks: Ranks
-    share: range  # which of all calibration batches these are, and how many there are in all
-    batches_in_all: int
-    ferry: Ferry
-    memo_bytes: int = MEMO_BYTES
-    _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
-    _tails: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # child -> batch -> input of its closing linear
-    _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
-    _observing: int = 0  # the batch that `observe` shows, numbered among all
-    _agreed: set[str] = field(default_factory=set)  # linears whose weight all processes have from `spread`
+    stages: names inside the block; linears whose plan is None stay out of `linears` and `groups`. kwargs: the block's keyword
+    arguments, batch by batch. batches_in_all: how many there are in all processes, where these are not all.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        stages: Sequence[Sequence[tuple[str, ...]]],
+        plan: Mapping[str, QuantConfig | None],
+        dtype_of: Callable[[str], torch.dtype],
+        captured: Captured | None,
+        kwargs: list[dict[str, Any]],
+        float_inputs: Stream | None,
+        device: torch.device,
+        seed: int,
+        memo_bytes: int = MEMO_BYTES,
+        ranks: Ranks | None = None,
+        batches_in_all: int | None = None,
+    ) -> None:
+        self.index, self.name, self.module, self.device, self.seed = index, name, module, device, seed + index
+        self.stream = captured.stream if captured else None
+        self.masks = captured.masks if captured else []
+        self.float_inputs, self.kwargs, self.memo_bytes = float_inputs, kwargs, memo_bytes
+        self.ranks, self.ferry = ranks or Ranks.alone(), Ferry(device)
+        self.batches_in_all = count = len(kwargs) if batches_in_all is None else batches_in_all
+        self.share = self.ranks.share(count) if len(kwargs) < count else range(count)  # which of all batches these are
+        named = [[tuple(f"{name}.{short}" for short in group) for group in stage] for stage in stages]
+        configs = {full: plan[full] for stage in named for group in stage for full in group}
+        self.linears: Mapping[str, Linear] = {
+            full: self._linear(full, config, dtype_of) for full, config in configs.items() if config is not None
+        }
+        kept = [[tuple(full for full in group if full in self.linears) for group in stage] for stage in named]
+        planned = [[group for group in stage if group] for stage in kept]
+        self.stages: Sequence[Sequence[tuple[str, ...]]] = [stage for stage in planned if stage]
+        self.groups: Sequence[tuple[str, ...]] = [group for stage in planned for group in stage]
+        self.records: dict[str, dict[str, Any]] = {full: {} for full in self.linears}
+        self._memo: dict[str, dict[int, Any]] = {}  # part -> batch -> its output
+        self._tails: dict[str, dict[int, Tensor]] = {}  # child -> batch -> input of its closing linear
+        self._final: dict[str, QuantizedWeight] = {}  # what `replace` gave each linear last
+        self._observing = 0  # the batch that `observe` shows, numbered among all
+        self._agreed: set[str] = set()  # linears whose weight all processes have from `spread`
+
+    def _linear(self, name: str, config: QuantConfig, dtype_of: Callable[[str], torch.dtype]) -> Linear:
+        module = self._module(name)
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{name}.bias"))
+        return Linear(name, weight_of(module).detach().contiguous(), bias, config)
 
     @property
     def workers(self) -> int:
@@ -532,62 +557,3 @@ def _size(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(_size(item) for item in value)
     return sum(_size(item) for item in value.values()) if isinstance(value, dict) else 0
-
-
-def make_block(
-    index: int,
-    name: str,
-    module: nn.Module,
-    stages: Sequence[Sequence[tuple[str, ...]]],
-    plan: Mapping[str, QuantConfig | None],
-    dtype_of: Callable[[str], torch.dtype],
-    captured: Captured | None,
-    kwargs: list[dict[str, Any]],
-    float_inputs: Stream | None,
-    device: torch.device,
-    seed: int,
-    memo_bytes: int = MEMO_BYTES,
-    ranks: Ranks | None = None,
-    batches_in_all: int | None = None,
-) -> Block:
-    """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
-
-    Linears whose plan is None stay out of `linears` and `groups`.
-    """
-    linears: dict[str, Linear] = {}
-    for group in (group for stage in stages for group in stage):
-        for short in group:
-            full = f"{name}.{short}"
-            config = plan[full]
-            if config is not None:
-                linear = module.get_submodule(short)
-                bias = getattr(linear, "bias", None)
-                bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{full}.bias"))
-                linears[full] = Linear(full, weight_of(linear).detach().contiguous(), bias, config)
-    named = [
-        [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in stage]
-        for stage in stages
-    ]
-    planned = [[group for group in stage if group] for stage in named]
-    ranks = ranks or Ranks.alone()
-    count = len(kwargs) if batches_in_all is None else batches_in_all
-    return Block(
-        index=index,
-        name=name,
-        module=module,
-        device=device,
-        seed=seed + index,
-        linears=linears,
-        groups=[group for stage in planned for group in stage],
-        stages=[stage for stage in planned if stage],
-        stream=captured.stream if captured else None,
-        float_inputs=float_inputs,
-        kwargs=kwargs,
-        masks=captured.masks if captured else [],
-        records={full: {} for full in linears},
-        ranks=ranks,
-        share=ranks.share(count) if len(kwargs) < count else range(count),
-        batches_in_all=count,
-        ferry=Ferry(device),
-        memo_bytes=memo_bytes,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .discovery import find_adapter, find_block_list
 from .errors import ConfigError, ModelError
 from .exporter import Exporter, LayerSpec, refusals
 from .linear import QuantLinear
-from .memory import Room, plan_room
+from .memory import plan_room
 from .model import compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
 from .plugins import Plugins
 from .ranks import Ranks
@@ -29,25 +29,46 @@ def nobody(hook: str, **facts: Any) -> None:
     """In the place of the plugins on processes other than the first: one run has one course of events."""
 
 
-@dataclass
 class Job:
-    """Everything a run needs, checked: made by `make_job`, used by `quantize_blocks`."""
+    """Everything a run needs, checked: what happens to each linear of a model, on which device, with how much memory.
 
-    model: nn.Module
-    weights: Weights
-    adapter: ModelAdapter
-    algorithm: Algorithm
-    config: QuantConfig
-    linears: dict[str, QuantConfig | None]  # by full name, in model order; None stays in float
-    device: torch.device
-    dtype: torch.dtype  # of the computation
-    seed: int
-    room: Room
-    calibration: Calibration | None
-    label: str  # the model, as the user called it
-    blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
-    ranks: Ranks = field(default_factory=Ranks)
-    tell: Callable[..., object] = nobody  # a hook's name and facts -> its implementers
+    tokens: how many the calibration will have, which is set afterwards. limit: bytes of the device's memory to use, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        folder: ModelFolder | None,
+        label: str,
+        algorithm: Algorithm,
+        config: QuantConfig,
+        plugins: Plugins,
+        *,
+        overrides: Sequence[Override | str | Mapping[str, Any]],
+        tokens: int,
+        seqlen: int,
+        batch_size: int | None,
+        limit: int | None,
+        seed: int,
+        device: torch.device,
+        adapter: str | ModelAdapter | None,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.weights, self.label = model, weights, label  # label: the model, as the user called it
+        self.algorithm, self.config, self.seed, self.device, self.ranks = algorithm, config, seed, device, ranks
+        self.calibration: Calibration | None = None
+        self.adapter = find_adapter(model, weights, plugins, device, adapter)
+        self.blocks = self.adapter.find_blocks(model)
+        #: by full name, in model order; None stays in float
+        self.linears = plan_linears(model, self.adapter, config, [Override.of(each) for each in overrides])
+        self.dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(model), device)  # of the computation
+        kept, widths = tokens * (1 + algorithm.float_stream), _widths(model, self.linears)
+        room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, self.dtype.itemsize))
+        self.room = replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size)
+        algorithm.processes = 1 if ranks.deterministic else ranks.size
+        #: tells plugins of the run, by a hook's name and facts
+        self.tell: Callable[..., object] = plugins.call if ranks.rank == 0 else nobody
 
     @property
     def batch_size(self) -> int:
@@ -73,54 +94,6 @@ class Job:
             "calibration": self.calibration.report if self.calibration else None,
             "skipped": [name for name, config in self.linears.items() if config is None],
         }
-
-
-def make_job(
-    network: nn.Module,
-    weights: Weights,
-    folder: ModelFolder | None,
-    label: str,
-    algorithm: Algorithm,
-    config: QuantConfig,
-    plugins: Plugins,
-    *,
-    overrides: Sequence[Override | str | Mapping[str, Any]],
-    tokens: int,
-    seqlen: int,
-    batch_size: int | None,
-    limit: int | None,
-    seed: int,
-    device: torch.device,
-    adapter: str | ModelAdapter | None,
-    ranks: Ranks,
-) -> Job:
-    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
-
-    limit: bytes of the device's memory to use, or None.
-    """
-    chosen = find_adapter(network, weights, plugins, device, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
-    dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(network), device)
-    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
-    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
-    algorithm.processes = 1 if ranks.deterministic else ranks.size
-    return Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=linears,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-        ranks=ranks,
-        tell=plugins.call if ranks.rank == 0 else nobody,
-    )
 
 
 def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:

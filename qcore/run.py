@@ -302,7 +302,7 @@ def _block_at(
         batches = range(len(kwargs))
         kwargs = [{key: captured.kwargs[i][n] for key, i in children.items()} for n in batches] if captured else []
     dtype_of = job.weights.dtype_of
-    return walk.make_block(
+    return walk.Block(
         indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed,
         job.room.memo_bytes, job.ranks, count,
     )  # fmt: skip

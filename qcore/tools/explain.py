@@ -22,7 +22,7 @@ from ..exporter import Exporter
 from ..files import check_output
 from ..memory import parse_bytes
 from ..model import longest, stored_dtype
-from ..plan import Job, check_format, make_job, shape_of
+from ..plan import Job, check_format, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
 from ..saving import FolderExporter
@@ -73,7 +73,7 @@ def explain(
     network, folder = open_unquantized(str(model), True, place, trust_remote_code, None, plugins)
     assert folder is not None
     seqlen = min(seqlen, longest(network) or seqlen)
-    job = make_job(
+    job = Job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
         tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,
         adapter=adapter, ranks=Ranks.alone(),
