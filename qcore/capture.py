@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import ModelAdapter
 from .errors import ModelError, RunError
 from .memory import is_out_of_memory, keeper
 from .streaming import Weights
@@ -77,9 +78,7 @@ def watching(modules: Mapping[str, nn.Module], note: Callable[..., None], *, aft
 def capture_inputs(
     model: nn.Module,
     weights: Weights,
-    blocks_name: str,
-    before_blocks: Sequence[str],
-    blocks: Sequence[nn.Module],
+    adapter: ModelAdapter,
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     device: torch.device,
     dtype: torch.dtype,
@@ -90,7 +89,8 @@ def capture_inputs(
     keep: puts hidden states where they stay between uses; without it, on the device.
     """
     present = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    before = [name for name in before_blocks or outside(model, blocks_name) if name in present]
+    before = [name for name in adapter.before_blocks or outside(model, adapter.blocks) if name in present]
+    blocks = [block for _, block in adapter.find_blocks(model)]
     try:
         for name in before:
             weights.bring(name, device, dtype)

@@ -69,7 +69,8 @@ def watch_kinds(
     dtype = compute_dtype(model_dtype(model), device)
     blocks = list(model.get_submodule(blocks_name).children())
     ids = torch.arange(8).reshape(1, 8) % vocabulary(model)
-    captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
+    place = ModelAdapter("generic", (), blocks_name, ())
+    captured = capture_inputs(model, weights, place, [(ids, None)], device, dtype)
     kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for index, block in enumerate(blocks):
         kind = tuple(name for name, _ in block.named_modules())

@@ -61,7 +61,7 @@ class Job:
         self.adapter = find_adapter(model, weights, plugins, device, adapter)
         self.blocks = self.adapter.find_blocks(model)
         #: by full name, in model order; None stays in float
-        self.linears = plan_linears(model, self.adapter, config, [Override.of(each) for each in overrides])
+        self.linears = plan_linears(model, self.adapter, config, overrides)
         self.dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(model), device)  # of the computation
         kept, widths = tokens * (1 + algorithm.float_stream), _widths(model, self.linears)
         room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, self.dtype.itemsize))
@@ -124,7 +124,10 @@ def specs_of(
 
 
 def plan_linears(
-    model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: QuantConfig,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
 ) -> dict[str, QuantConfig | None]:
     """Give each linear of each block its config, in order of use."""
     names = [
@@ -133,7 +136,7 @@ def plan_linears(
         for group in adapter.groups_in(block)
         for short in group
     ]
-    return resolve(names, config, overrides)
+    return resolve(names, config, [Override.of(each) for each in overrides])
 
 
 def check_model(model: nn.Module, folder: ModelFolder | None) -> None:

@@ -53,11 +53,8 @@ class _Inputs:
             self.float_inputs = Stream([copy(hidden.clone()) for hidden in self.captured.stream.hidden])
 
     def _capture(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
-        job, adapter = self.job, self.job.adapter
-        modules = [module for _, module in job.blocks]
-        return capture_inputs(
-            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, self.batches, job.device, job.dtype, keep
-        )  # fmt: skip
+        job = self.job
+        return capture_inputs(job.model, job.weights, job.adapter, self.batches, job.device, job.dtype, keep)
 
     @property
     def size(self) -> int:
@@ -128,8 +125,7 @@ class _Work:
         for index in self.indices:
             self.job.weights.let_go(self.job.blocks[index][0])
             self.job.weights.bring(self.job.blocks[index][0], self.job.device, self.job.dtype)
-        captured, float_inputs = (self.inputs.captured, self.inputs.float_inputs) if self.inputs else (None, None)
-        return _block_at(self.job, self.indices, captured, float_inputs, self.inputs.count if self.inputs else 0)
+        return _block_at(self.job, self.indices, self.inputs)
 
     def attempt(self, step: Callable[[walk.Block], T]) -> T:
         """Return step(block), begun again with smaller batches when memory runs out."""
@@ -284,10 +280,9 @@ def share_of(job: Job, count: int) -> range:
     return job.ranks.share(count)
 
 
-def _block_at(
-    job: Job, indices: Sequence[int], captured: Captured | None, float_inputs: Stream | None, count: int
-) -> walk.Block:
+def _block_at(job: Job, indices: Sequence[int], inputs: _Inputs | None) -> walk.Block:
     """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
+    captured, float_inputs, count = (inputs.captured, inputs.float_inputs, inputs.count) if inputs else (None, None, 0)
     name, module = job.blocks[indices[0]]
     stages = job.adapter.stages_in(module)
     kwargs = captured.kwargs[indices[0]] if captured else []

@@ -226,12 +226,8 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
     Raises AssertionError (or ModelError when the declared blocks or linears are not there).
     """
     found = adapter.find_blocks(unfuse(model))
-    modules = [module for _, module in found]
-    device, dtype = torch.device("cpu"), torch.float32
     ids = torch.arange(8).reshape(1, 8) % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    captured = capture_inputs(
-        model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
-    )
+    captured = capture_inputs(model, ModuleWeights(model), adapter, [(ids, None)], torch.device("cpu"), torch.float32)
     for index, (name, block) in enumerate(found):
         with discovery.all_experts(block):
             numbers = discovery.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])

@@ -57,7 +57,7 @@ def check(
         subject = Subject(exporter.name, config, content.layers, weight=content.weight)
     else:
         grid = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "check")
-        layers = planned(ModelFolder(folder), grid, [Override.of(each) for each in overrides], act_order, plugins)
+        layers = planned(ModelFolder(folder), grid, overrides, act_order, plugins)
         exporter = plugins.get("format", format or DEFAULT_FORMAT)
         subject = Subject(exporter.name, config, layers)
         refused = [
@@ -70,7 +70,7 @@ def check(
 
 
 def planned(
-    folder: ModelFolder, grid: QuantConfig, overrides: Sequence[Override], act_order: bool, plugins: Plugins
+    folder: ModelFolder, grid: QuantConfig, overrides: Sequence[Any], act_order: bool, plugins: Plugins
 ) -> dict[str, LayerSpec]:
     """The linears that quantizing a float folder would give, by their shapes alone."""
     network = skeleton(folder)

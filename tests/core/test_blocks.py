@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qcore
-from qcore import ModelError, QuantConfig, RunError
+from qcore import ModelAdapter, ModelError, QuantConfig, RunError
 from qcore import blocks as walk
 from qcore.capture import Stream, capture_inputs
 from qcore.plan import plan_linears
@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 def captured_of(model, batches, blocks="blocks", before=("embed",)):
-    modules = list(model.get_submodule(blocks))
-    return capture_inputs(model, ModuleWeights(model), blocks, before, modules, batches, CPU, torch.float32)
+    adapter = ModelAdapter("any", (), blocks, (), before)
+    return capture_inputs(model, ModuleWeights(model), adapter, batches, CPU, torch.float32)
 
 
 def batches_of(sequences, mask=None):
