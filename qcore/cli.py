@@ -507,7 +507,10 @@ def convert(
 @click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target; repeatable.")
 @json_option
 def check(model: str, target: str, format_: str | None, options: tuple[str, ...], as_json: bool, **plan: Any) -> None:
-    """Tell whether --target loads MODEL, a quantized folder or a float one with a plan. Exit code 1 when it does not."""
+    """Tell whether --target loads MODEL: a quantized folder, or a float one with a plan (--format to --override).
+
+    Exit code 1 when it does not.
+    """
     from dataclasses import asdict
 
     from .errors import name_list

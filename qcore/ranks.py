@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -185,7 +186,8 @@ class Sums(Generic[TotalT]):
                 self.ranks.send(total.tensors(), rank)
                 nodes.append((first, count, total))
                 _merge(nodes)
-        return _fold(nodes) if nodes else self.make()
+        # a tree of batches that are no power of two leaves several: they are added up from the left
+        return reduce(_add, (total for _, _, total in nodes)) if nodes else self.make()
 
 
 def _merge(nodes: list[tuple[int, int, TotalT]]) -> None:
@@ -194,14 +196,6 @@ def _merge(nodes: list[tuple[int, int, TotalT]]) -> None:
         _, count, right = nodes.pop()
         first, _, left = nodes.pop()
         nodes.append((first, 2 * count, _add(left, right)))
-
-
-def _fold(nodes: list[tuple[int, int, TotalT]]) -> TotalT:
-    """Add up what is left of a tree whose batches are no power of two, from the left."""
-    total = nodes[0][2]
-    for _, _, other in nodes[1:]:
-        total = _add(total, other)
-    return total
 
 
 def _add(left: TotalT, right: TotalT) -> TotalT:
