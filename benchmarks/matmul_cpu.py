@@ -71,14 +71,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """kind -> one figure per number of tokens."""
     K, N = map(int, arguments.shape.split("x"))
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    float32, bfloat16 = torch.float32, torch.bfloat16
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     kinds: dict[str, tuple[torch.dtype, Callable[[], list[Product]]]] = {
         "torch float32": (float32, lambda: dense(float32, K, N, arguments.copies)),
         "torch bfloat16": (bfloat16, lambda: dense(bfloat16, K, N, arguments.copies)),
+        "torch float16": (float16, lambda: dense(float16, K, N, arguments.copies)),
         "torch int4pack, bfloat16": (bfloat16, lambda: int4pack(K, N, arguments.copies)),
     }
     for bits in map(int, arguments.bits.split(",")):
-        for dtype in (float32, bfloat16):
+        for dtype in (float32, bfloat16, float16):
             kinds[f"cpu {bits} bits, {str(dtype).removeprefix('torch.')}"] = (
                 dtype,
                 lambda bits=bits, dtype=dtype: ours(bits, dtype, K, N, arguments.copies),

@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     import torch
 
 OK, SCALE_OVERFLOW = 0, 3  # QC_OK, QC_SCALE_OVERFLOW of qcore_cpu.h
-LEVELS = ("best", "portable", "avx2", "avx512", "avx512_bf16")  # instruction sets, as QC_LEVEL_… number them
+LEVELS = (
+    "best",
+    "portable",
+    "avx2",
+    "avx512",
+    "avx512_vnni",
+    "avx512_bf16",
+)  # instruction sets, as QC_LEVEL_… number them
 SEARCH = {"none": 0, "minmax": 1, "mse": 2}  # QC_SEARCH_…
 
 CPU = Native(
     name="cpu",
-    abi=3,  # QC_CPU_ABI
+    abi=4,  # QC_CPU_ABI
     flags=recipe.FLAGS,
     functions={
         "qc_abi_version": (ctypes.c_int, ""),

@@ -16,9 +16,13 @@
  *
  * Tokens are cut into panels of 1, 2, 4 or 8 rows, x copied so that the values that meet one column lie side by side. A thread
  * takes some tiles at a time and multiplies them with all panels while they are in its cache.
+ *
+ * An element of a panel is a float; two bfloat16 of neighbouring columns; or two integers of 16 bits, what x is in units of a power of
+ * two that up to 256 columns of a token share (a segment), so that 32 products are one instruction where there are none of bfloat16.
  */
 #include "qcore_cpu.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -33,12 +37,15 @@
 #define CACHED 262144         /* bytes of x that are multiplied with several tiles before the next come */
 #define UNROLL _Pragma("GCC unroll 16")
 
-typedef float panel_float; /* an element of a panel: a float, or a pair of bfloat16 */
+#define SEGMENT 8    /* blocks whose products 32 bits hold: 256 columns * 2^15 * 2^7 */
+typedef float panel_float; /* an element of a panel: a float, or a pair of numbers of 16 bits */
 typedef void (*Parallel)(void (*work)(void *), void *job, unsigned threads, unsigned flags); /* GOMP_parallel */
 
+enum { FLOATS, BFLOATS, INTEGERS }; /* what panels hold: the latter two in pairs */
+
 typedef struct Matmul {
-    int bits, dtype, rows, asym, half_meta, pairs; /* bits as stored; rows of a panel; pairs: panels hold bfloat16 */
-    int64_t m, n, columns, k, blocks, groups, group_blocks, group_bytes;
+    int bits, dtype, rows, asym, half_meta, panels_of; /* bits as stored; rows of a panel */
+    int64_t m, n, columns, k, blocks, groups, group_blocks, group_bytes, segments; /* segments of a group */
     const char *x, *meta;
     int64_t ldx;
     const uint8_t *packed;
@@ -47,7 +54,8 @@ typedef struct Matmul {
     int64_t ldy;
     panel_float *panels; /* [panel][column or pair of columns][rows] */
     int64_t panel_size;
-    float *x_sums; /* [panel][group][rows], where asym */
+    float *x_units; /* [panel][group][segment][rows], where panels hold integers */
+    float *x_sums;  /* [panel][group][rows], where asym */
     int64_t pieces, piece_tiles;
     void (*multiply)(const struct Matmul *job, int64_t tile, int64_t panel);
     atomic_llong next;
@@ -126,7 +134,8 @@ static void write_out(const Matmul *job, int64_t row, int64_t tile, const float 
 #define PORTABLE 1
 #define AVX2 2
 #define AVX512 3
-#define AVX512_BF16 4
+#define AVX512_VNNI 4
+#define AVX512_BF16 5
 
 #define LEVEL portable
 #define LEVEL_TARGET
@@ -153,6 +162,17 @@ static const float float_table[9][TILE] = {[2] = {OF16(SIGNED2)}, [3] = {OF16(SI
 #define STEP 1
 #include "matmul_tile.h"
 
+#define WORDS(f) {OF16(f), OF16(f)}
+static const uint16_t integer_table[9][2 * TILE] = {[2] = WORDS(SIGNED2), [3] = WORDS(SIGNED3), [4] = WORDS(SIGNED4)};
+
+#define LEVEL avx512_vnni
+#define LEVEL_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define LEVEL_KIND AVX512_VNNI
+#define LEVEL_ROWS 8
+#define STEP 2
+#define TABLE integer_table
+#include "matmul_tile.h"
+
 #if defined(__clang__) || __GNUC__ >= 11
 #define HAS_BF16 1
 /* The upper half of a small integer as a float: 0, ±1, ±2 … ±8. */
@@ -166,25 +186,25 @@ static const float float_table[9][TILE] = {[2] = {OF16(SIGNED2)}, [3] = {OF16(SI
 #define BFLOAT2(i) SMALL(SIGNED2(i))
 #define BFLOAT3(i) SMALL(SIGNED3(i))
 #define BFLOAT4(i) SMALL(SIGNED4(i))
-static const uint16_t bfloat_table[9][2 * TILE] = {[2] = {OF16(BFLOAT2), OF16(BFLOAT2)},
-                                                   [3] = {OF16(BFLOAT3), OF16(BFLOAT3)},
-                                                   [4] = {OF16(BFLOAT4), OF16(BFLOAT4)}};
+static const uint16_t bfloat_table[9][2 * TILE] = {[2] = WORDS(BFLOAT2), [3] = WORDS(BFLOAT3), [4] = WORDS(BFLOAT4)};
 
 #define LEVEL avx512_bf16
 #define LEVEL_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define LEVEL_KIND AVX512_BF16
 #define LEVEL_ROWS 8
 #define STEP 2
+#define TABLE bfloat_table
 #include "matmul_tile.h"
 #endif
 #endif
 
 static int machine_level(void) {
 #if defined(__x86_64__)
+    const int words = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #if HAS_BF16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"))
-        return QC_LEVEL_AVX512_BF16;
+    if (words && __builtin_cpu_supports("avx512bf16")) return QC_LEVEL_AVX512_BF16;
 #endif
+    if (words) return QC_LEVEL_AVX512_VNNI;
     if (__builtin_cpu_supports("avx512f")) return QC_LEVEL_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return QC_LEVEL_AVX2;
@@ -214,9 +234,15 @@ static void choose_level(Matmul *job, int level) {
         job->multiply = multiply_avx512;
         widest = 8;
     }
+    if (level >= QC_LEVEL_AVX512_VNNI && job->dtype != QC_FLOAT32 && job->bits <= 8) {
+        job->panels_of = INTEGERS;
+        job->multiply = multiply_avx512_vnni;
+    }
 #if HAS_BF16
-    job->pairs = level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16 && job->bits <= 8;
-    if (job->pairs) job->multiply = multiply_avx512_bf16;
+    if (level >= QC_LEVEL_AVX512_BF16 && job->dtype == QC_BFLOAT16 && job->bits <= 8) {
+        job->panels_of = BFLOATS;
+        job->multiply = multiply_avx512_bf16;
+    }
 #endif
 #endif
     job->rows = widest;
@@ -231,28 +257,55 @@ static inline float x_at(const Matmul *job, const char *row, int64_t column) {
     return column < 0 || column >= job->columns ? 0.0f : load(row, job->dtype, column);
 }
 
+/* The integers of a segment's floats, of 16 bits, and the power of two that they are multiples of: NaN where a float is not finite. */
+static float to_integers(const float *values, int64_t count, int16_t *integers) {
+    uint32_t largest = 20u << 23; /* what is smaller still becomes 0: no power of two here or below is beyond float32 */
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t size = float_to_bits(values[i]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    const uint32_t exponent = largest >> 23;
+    const float up = bits_to_float((268 - exponent) << 23); /* the largest becomes 2^14 to 2^15, as halves round no higher */
+    for (int64_t i = 0; i < count; i++) /* this float's last bit is worth 1: added to it, values are rounded to integers */
+        integers[i] = (int16_t)(float_to_bits(values[i] * up + 0x1.8p23f) - 0x4b400000);
+    return exponent == 255 ? NAN : bits_to_float((exponent - 14) << 23);
+}
+
+/* Columns c to c + count of one token, `values`, to where row r of a panel has them; where integers, `values` become those. */
+static void fill_segment(const Matmul *job, panel_float *panel, float *unit, int64_t r, int64_t c, int64_t count, float *values) {
+    const int rows = job->rows;
+    if (job->panels_of == FLOATS) {
+        for (int64_t i = 0; i < count; i++) panel[(c + i) * rows + r] = values[i];
+        return;
+    }
+    uint16_t words[SEGMENT * BLOCK], *to = (uint16_t *)(panel + c / 2 * rows + r);
+    if (job->panels_of == INTEGERS)
+        *unit = to_integers(values, count, (int16_t *)words);
+    else
+        for (int64_t i = 0; i < count; i++) words[i] = (uint16_t)(float_to_bits(values[i]) >> 16);
+    for (int64_t i = 0; i < count; i += 2) memcpy(to + i * rows, words + i, 4);
+    for (int64_t i = 0; job->panels_of == INTEGERS && i < count; i++) values[i] = (float)(int16_t)words[i] * *unit;
+}
+
 /* Copy the tokens of a panel next to each other, and sum them over groups. */
 static void fill_panel(const Matmul *job, int64_t panel) {
     const int rows = job->rows;
     const int64_t padded = job->blocks * BLOCK;
+    panel_float *to = job->panels + panel * job->panel_size;
     for (int r = 0; r < rows; r++) {
         const int64_t row = panel * rows + r;
         const char *from = job->x + row * job->ldx * size_of(job->dtype);
-        panel_float *to = job->panels + panel * job->panel_size;
-        uint16_t *halves = (uint16_t *)to;
-        for (int64_t c = 0; c < padded; c++) {
-            const float value = row < job->m && c < job->k ? x_at(job, from, c) : 0.0f;
-            if (job->pairs)
-                halves[((c >> 1) * rows + r) * 2 + (c & 1)] = (uint16_t)(float_to_bits(value) >> 16);
-            else
-                to[c * rows + r] = value;
-        }
-        if (!job->asym) continue;
         for (int64_t g = 0, c = 0; g < job->groups; g++) {
+            const int64_t end = c + job->group_blocks * BLOCK < padded ? c + job->group_blocks * BLOCK : padded;
+            float *unit = job->x_units + (panel * job->groups + g) * job->segments * rows + r, values[SEGMENT * BLOCK];
             double sum = 0;
-            for (int64_t end = c + job->group_blocks * BLOCK; c < end && c < padded; c++)
-                sum += job->pairs ? bits_to_float((uint32_t)halves[((c >> 1) * rows + r) * 2 + (c & 1)] << 16) : to[c * rows + r];
-            job->x_sums[(panel * job->groups + g) * rows + r] = (float)sum;
+            for (int64_t count; c < end; c += count, unit += rows) {
+                count = end - c < SEGMENT * BLOCK ? end - c : SEGMENT * BLOCK;
+                for (int64_t i = 0; i < count; i++) values[i] = row < job->m && c + i < job->k ? x_at(job, from, c + i) : 0.0f;
+                fill_segment(job, to, unit, r, c, count, values);
+                for (int64_t i = 0; job->asym && i < count; i++) sum += values[i];
+            }
+            if (job->asym) job->x_sums[(panel * job->groups + g) * rows + r] = (float)sum;
         }
     }
 }
@@ -321,6 +374,7 @@ static int sizes(Matmul *job, int bits, int64_t n, int64_t columns, int64_t k, i
     job->blocks = (k + BLOCK - 1) / BLOCK;
     job->group_blocks = group_size == -1 ? job->blocks : group_size / BLOCK;
     job->groups = (job->blocks + job->group_blocks - 1) / job->group_blocks;
+    job->segments = (job->group_blocks + SEGMENT - 1) / SEGMENT;
     job->asym = asym != 0;
     job->half_meta = half_meta != 0;
     job->group_bytes = TILE * (half_meta ? 2 : 4) * (asym ? 2 : 1);
@@ -340,12 +394,13 @@ int qc_cpu_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t columns, in
     choose_level(&job, level == QC_LEVEL_BEST ? qc_matmul_level() : level);
 
     const int64_t panels = (m + job.rows - 1) / job.rows, tiles = (n + TILE - 1) / TILE;
-    job.panel_size = job.blocks * BLOCK * job.rows / (job.pairs ? 2 : 1);
-    const size_t x_bytes = (size_t)(panels * job.panel_size) * 4, sum_bytes = (size_t)(panels * job.groups * job.rows) * 4;
-    char *scratch = malloc(x_bytes + (job.asym ? sum_bytes : 0) + 64);
+    job.panel_size = job.blocks * BLOCK * job.rows / (job.panels_of == FLOATS ? 1 : 2);
+    const int64_t sums = panels * job.groups * job.rows, units = job.panels_of == INTEGERS ? sums * job.segments : 0;
+    char *scratch = malloc((size_t)(panels * job.panel_size + units + (job.asym ? sums : 0)) * 4 + 64);
     if (!scratch) return QC_NO_MEMORY;
     job.panels = (panel_float *)(scratch + (64 - (uintptr_t)scratch % 64));
-    job.x_sums = (float *)((char *)job.panels + x_bytes);
+    job.x_units = job.panels + panels * job.panel_size;
+    job.x_sums = job.x_units + units;
     const int64_t work = tiles * TILE * job.blocks * BLOCK;
     if (work * job.rows * panels < SERIAL_WORK || tiles == 1) threads = 1;
     in_threads(fill_panels, &job, panels > 1 && m * k > SERIAL_WORK ? threads : 1, parallel);

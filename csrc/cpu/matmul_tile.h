@@ -3,12 +3,13 @@
  *
  *   LEVEL         the suffix of every name here
  *   LEVEL_TARGET  the attribute that lets the compiler use the set
- *   LEVEL_KIND    PORTABLE, AVX2, AVX512 or AVX512_BF16
+ *   LEVEL_KIND    PORTABLE, AVX2, AVX512, AVX512_VNNI or AVX512_BF16
  *   LEVEL_ROWS    tokens of the widest panel it keeps in registers
- *   STEP          columns that one multiplication takes: 1, or 2 where bfloat16 are multiplied in pairs
+ *   STEP          columns that one multiplication takes: 1, or 2 where numbers of 16 bits are multiplied in pairs
+ *   TABLE         where STEP is 2: codes of 2, 3 and 4 bits as such numbers
  *
- * A vector `vec` holds one float for each output of the tile. Codes become vectors of integers, exact in any dtype; the scale is
- * applied to the sum over a group.
+ * A vector `vec` holds one float for each output of the tile (or an integer, where those are multiplied, until they are joined). Codes
+ * become vectors of integers, exact in any dtype; the scale is applied to the sum over a group.
  */
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -19,7 +20,7 @@
 /* A line is 64 bytes, a word for each output; SHIFT is where the code of column c of a line of such codes begins in a word. */
 #define SHIFT(bits, c) ((bits) * ((c) >> 1) + 16 * ((c) & 1))
 
-#if LEVEL_KIND == AVX512 || LEVEL_KIND == AVX512_BF16
+#if LEVEL_KIND >= AVX512
 typedef __m512 vec;
 INLINE vec NAME(zero)(void) { return _mm512_setzero_ps(); }
 INLINE vec NAME(all)(float x) { return _mm512_set1_ps(x); }
@@ -69,27 +70,39 @@ INLINE void NAME(unpack)(const uint8_t *block, const int bits, const int part, v
 }
 #undef LOOK_UP
 
-#elif LEVEL_KIND == AVX512_BF16
+#elif LEVEL_KIND > AVX512
+#if LEVEL_KIND == AVX512_BF16
 INLINE vec NAME(times)(vec w, const panel_float *x, vec sum) {
     uint32_t pair;
     memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)pair));
 }
+/* A pair of bytes, taken from their columns' words. */
+#define PAIR(even, odd)                                                                                                \
+    _mm512_ternarylogic_epi32(upper, (__m512i)NAME(bytes)(odd), _mm512_srli_epi32((__m512i)NAME(bytes)(even), 16), 0xCA)
+#else
+INLINE vec NAME(times)(vec w, const panel_float *x, vec sum) {
+    uint32_t pair;
+    memcpy(&pair, x, 4);
+    return (vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)pair));
+}
+INLINE __m512i NAME(integers)(const uint8_t *from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)); }
+#define PAIR(even, odd)                                                                                                \
+    _mm512_ternarylogic_epi32(upper, _mm512_slli_epi32(NAME(integers)(odd), 16), NAME(integers)(even), 0xCA)
+#endif
 /* vpermw looks up the low five bits of each half word; the table repeats after sixteen. */
 #define LOOK_UP(codes) (vec) _mm512_permutexvar_epi16(codes, table)
 INLINE __m512i NAME(move)(__m512i bits, int by) {
     return by < 0 ? _mm512_slli_epi16(bits, (unsigned)-by) : _mm512_srli_epi16(bits, (unsigned)by);
 }
-/* The pairs of columns 8 * part … 8 * part + 7 of a block: integers up to 128 are exact in bfloat16. */
+/* The pairs of columns 8 * part … 8 * part + 7 of a block: integers up to 128 are exact in bfloat16 too. */
 INLINE void NAME(unpack)(const uint8_t *block, const int bits, const int part, vec w[4]) {
-    const __m512i table = _mm512_loadu_si512(bfloat_table[bits]);
+    const __m512i table = _mm512_loadu_si512(TABLE[bits]);
     const __m512i three = _mm512_set1_epi16(3), upper = _mm512_set1_epi32((int)0xffff0000);
     const __m512i low = LINE(block, bits == 4 ? part : part / 2), high = LINE(block, bits == 3 ? 2 : 0);
 #define COLUMNS(p)                                                                                                     \
     if (bits == 8)                                                                                                     \
-        w[p] = (vec)_mm512_ternarylogic_epi32(                                                                         \
-            upper, (__m512i)NAME(bytes)(block + 16 * (8 * part + 2 * p + 1)),                                          \
-            _mm512_srli_epi32((__m512i)NAME(bytes)(block + 16 * (8 * part + 2 * p)), 16), 0xCA);                       \
+        w[p] = (vec)PAIR(block + 16 * (8 * part + 2 * p), block + 16 * (8 * part + 2 * p + 1));                        \
     else if (bits == 4)                                                                                                \
         w[p] = LOOK_UP(NAME(move)(low, 4 * p));                                                                        \
     else if (bits == 2)                                                                                                \
@@ -101,6 +114,7 @@ INLINE void NAME(unpack)(const uint8_t *block, const int bits, const int part, v
 #undef COLUMNS
 }
 #undef LOOK_UP
+#undef PAIR
 
 #elif LEVEL_KIND == AVX2
 typedef struct {
@@ -201,6 +215,17 @@ static __attribute__((noinline)) void NAME(unpack)(const uint8_t *block, const i
 }
 #endif
 
+/* What the products of a segment add to the sum over a group: theirs, `unit` being what x was counted in where it was. */
+#if LEVEL_KIND == AVX512_VNNI
+INLINE vec NAME(both)(vec a, vec b) { return (vec)_mm512_add_epi32((__m512i)a, (__m512i)b); }
+INLINE vec NAME(joined)(vec group, vec sum, const float *unit) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(*unit), group);
+}
+#else
+INLINE vec NAME(both)(vec a, vec b) { return NAME(add)(a, b); }
+INLINE vec NAME(joined)(vec group, vec sum, const float *unit) { return (void)unit, NAME(add)(group, sum); }
+#endif
+
 /* Sums that run side by side for one token, so that the latency of an addition is hidden. */
 #define CHAINS(rows) ((rows) >= 4 ? 1 : 4 / (rows))
 
@@ -226,26 +251,34 @@ INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int
     const char *meta = job->meta + tile * job->groups * job->group_bytes;
     const panel_float *x = job->panels + panel * job->panel_size;
     const float *x_sums = job->x_sums + panel * job->groups * rows;
-    vec total[LEVEL_ROWS], sum[LEVEL_ROWS > 4 ? LEVEL_ROWS : 4];
+    const float *units = job->x_units + panel * job->groups * job->segments * rows;
+    vec total[LEVEL_ROWS], group[LEVEL_ROWS], sum[LEVEL_ROWS > 4 ? LEVEL_ROWS : 4];
     UNROLL
     for (int r = 0; r < rows; r++) total[r] = NAME(zero)();
     for (int64_t g = 0, left = job->blocks; g < job->groups; g++, meta += job->group_bytes, x_sums += rows) {
         const int64_t blocks = left < job->group_blocks ? left : job->group_blocks;
         left -= blocks;
-        for (int s = 0; s < rows * CHAINS(rows); s++) sum[s] = NAME(zero)();
-        for (int64_t b = 0; b < blocks; b++, block += BLOCK_BYTES(bits)) {
-            x = NAME(part)(block, x, sum, bits, rows, 0);
-            x = NAME(part)(block, x, sum, bits, rows, 1);
-            x = NAME(part)(block, x, sum, bits, rows, 2);
-            x = NAME(part)(block, x, sum, bits, rows, 3);
+        for (int r = 0; r < rows; r++) group[r] = NAME(zero)();
+        for (int64_t first = 0; first < blocks; first += SEGMENT, units += rows) {
+            for (int s = 0; s < rows * CHAINS(rows); s++) sum[s] = NAME(zero)();
+            for (int64_t b = first; b < blocks && b < first + SEGMENT; b++, block += BLOCK_BYTES(bits)) {
+                x = NAME(part)(block, x, sum, bits, rows, 0);
+                x = NAME(part)(block, x, sum, bits, rows, 1);
+                x = NAME(part)(block, x, sum, bits, rows, 2);
+                x = NAME(part)(block, x, sum, bits, rows, 3);
+            }
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                vec all = sum[r * CHAINS(rows)];
+                for (int c = 1; c < CHAINS(rows); c++) all = NAME(both)(all, sum[r * CHAINS(rows) + c]);
+                group[r] = NAME(joined)(group[r], all, units + r);
+            }
         }
         const vec scale = NAME(meta)(meta, job->half_meta);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            vec group = sum[r * CHAINS(rows)];
-            for (int c = 1; c < CHAINS(rows); c++) group = NAME(add)(group, sum[r * CHAINS(rows) + c]);
-            if (job->asym) group = NAME(madd)(NAME(meta)(meta + job->group_bytes / 2, job->half_meta), NAME(all)(-x_sums[r]), group);
-            total[r] = NAME(madd)(scale, group, total[r]);
+            if (job->asym) group[r] = NAME(madd)(NAME(meta)(meta + job->group_bytes / 2, job->half_meta), NAME(all)(-x_sums[r]), group[r]);
+            total[r] = NAME(madd)(scale, group[r], total[r]);
         }
     }
     UNROLL
@@ -256,7 +289,7 @@ INLINE void NAME(tile)(const Matmul *job, int64_t tile, int64_t panel, const int
     }
 }
 
-#if LEVEL_KIND == AVX512_BF16 /* floats are multiplied as such */
+#if LEVEL_KIND > AVX512 /* floats are multiplied as such */
 #define WIDER(rows)
 #else
 #define WIDER(rows)                                                                                                    \
@@ -305,3 +338,4 @@ LEVEL_TARGET static void NAME(multiply)(const Matmul *job, int64_t tile, int64_t
 #undef LEVEL_KIND
 #undef LEVEL_ROWS
 #undef STEP
+#undef TABLE

@@ -14,13 +14,14 @@
 extern "C" {
 #endif
 
-#define QC_CPU_ABI 3
+#define QC_CPU_ABI 4
 
 enum { QC_OK = 0, QC_BAD_ARGUMENT = 1, QC_NO_MEMORY = 2, QC_SCALE_OVERFLOW = 3, QC_BAD_LEVEL = 4 };
 
 enum { QC_SEARCH_NONE = 0, QC_SEARCH_MINMAX = 1, QC_SEARCH_MSE = 2 }; /* where a group's grid comes from */
 
-enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX512 = 3, QC_LEVEL_AVX512_BF16 = 4 }; /* instruction sets */
+/* instruction sets */
+enum { QC_LEVEL_BEST = 0, QC_LEVEL_PORTABLE = 1, QC_LEVEL_AVX2 = 2, QC_LEVEL_AVX512 = 3, QC_LEVEL_AVX512_VNNI = 4, QC_LEVEL_AVX512_BF16 = 5 };
 
 enum { QC_FLOAT32 = 0, QC_BFLOAT16 = 1, QC_FLOAT16 = 2 }; /* dtypes of activations */
 
@@ -31,7 +32,7 @@ int qc_abi_version(void);
 const char *qc_source(void); /* the hash of the sources, as given to the compiler (QC_SOURCE) */
 const char *qc_error_string(int status);
 int qc_cpu_level(void); /* the best instruction set of this machine */
-int qc_matmul_level(void); /* that of the matmul functions below, which know one more: what QC_LEVEL_BEST means to them */
+int qc_matmul_level(void); /* that of the matmul functions below, which know two more: what QC_LEVEL_BEST means to them */
 int qc_limit_matmul_level(int level); /* let QC_LEVEL_BEST mean this one, or with QC_LEVEL_BEST the machine's best again */
 
 /*

@@ -1,7 +1,7 @@
 """Our CPU kernels: 2 to 8 bits with float32, bfloat16 and float16 activations, AVX2, AVX-512 and plain C.
 
 The kernels and their layout are in csrc/cpu (matmul.c); this file turns a QuantizedWeight into that layout and binds them as torch
-ops. Codes are multiplied as the exact integers they are and summed in float32; activations are never quantized.
+ops. Codes are multiplied as the exact integers they are and summed in float32; how exact that is, docs/cpu.md says.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def any_weight(out, columns, config, order, scale_dtype=torch.float16):
 
 
 def assert_within_bound(weight, x, y):
-    """The bound that docs/cpu.md states: float32 sums of exact products, then one rounding to the dtype of x."""
+    """The bound that docs/cpu.md states: float32 sums of exact products, then one rounding to the dtype of x; where x is multiplied as
+    integers, half of what each group counts in beside them."""
     W, x64 = weight.dequantize(torch.float64), x.double()
     middle = grid.symmetric_zero(weight.bits)
     size = (weight.codes.double() - middle).abs() + grid.spread(weight.zeros.double() - middle, weight.g_idx).abs()
@@ -69,10 +70,21 @@ def assert_within_bound(weight, x, y):
     info = torch.finfo(x.dtype)
     rounding = 0.0 if x.dtype == torch.float32 else info.eps / 2
     bound = (weight.in_features + 8) * 2.0**-24 * terms + rounding * expected.abs() * 1.001 + info.smallest_normal
+    if multiplies_integers(x.dtype):
+        largest = torch.stack([(x64.abs() * (weight.g_idx == g)).amax(1) for g in range(weight.scales.shape[1])], 1)
+        bound += 2.0**-15 * grid.spread(largest, weight.g_idx) @ size.t()
     assert y.dtype == x.dtype
     assert y.shape == expected.shape
     assert y.is_contiguous()
     assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+def multiplies_integers(dtype):
+    """Whether products of this dtype are those of integers, with the instruction set in use."""
+    level = cpu_library.LEVELS[LIBRARY.qc_matmul_level()]
+    return (level, dtype) in {
+        ("avx512_vnni", torch.float16), ("avx512_vnni", torch.bfloat16), ("avx512_bf16", torch.float16)
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -158,6 +170,47 @@ def test_extreme_scales_and_inputs_keep_their_values(level):
         assert product(plain, x).isnan().all()
 
 
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_of_like_size_lose_nothing(dtype, group_size, level):
+    """Down to 2^-8 (bfloat16) or 2^-5 (float16) of a power of two above the largest, they are integers of one unit."""
+    plain = random_weight(20, 640, QuantConfig(bits=4, group_size=group_size))
+    codes = torch.tensor([9, 7], dtype=torch.uint8).repeat(20, 320)  # 1 and -1
+    weight = QuantizedWeight(codes, torch.full_like(plain.scales, 0.25), plain.zeros, plain.g_idx, plain.config)
+    smallest = 2.0 ** (-8 if dtype == torch.bfloat16 else -5)
+    x = (torch.rand(3, 320) * (0.99 - smallest) + smallest).to(dtype) * torch.tensor([[1.0], [2.0**4], [2.0**9]]).to(
+        dtype
+    )
+    following = (x.view(torch.int16) + 1).view(dtype)  # what is left when each is taken from the next is its last bit
+    pairs = torch.stack([x, following], 2).flatten(1)
+    expected = pairs.double() @ weight.dequantize(torch.float64).t()
+    assert torch.equal(product(weight, pairs), expected.to(dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sums_of_integers_do_not_overflow(bits, level):
+    """The largest codes times the largest x, all of one sign, over a group longer than any."""
+    config = QuantConfig(bits=bits, group_size=-1)
+    plain = random_weight(16, 4096, config)
+    codes = torch.zeros_like(plain.codes)
+    weight = QuantizedWeight(codes, torch.full_like(plain.scales, 2.0**-12), plain.zeros, plain.g_idx, config)
+    for dtype in DTYPES:
+        x = torch.full((2, 4096), 32640 / 32768, dtype=dtype)
+        assert_within_bound(weight, x, product(weight, x))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_with_a_number_that_is_none_spoils_no_other(dtype, wrong, level):
+    weight = random_weight(16, 640, QuantConfig(bits=4, group_size=128))
+    x = torch.randn(9, 640).to(dtype)
+    expected = product(weight, x)
+    x[4, 300] = wrong
+    y = product(weight, x)
+    assert not y[4].isfinite().any()
+    assert torch.equal(y[[0, 1, 2, 3, 5, 6, 7, 8]], expected[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_buffers_may_lie_anywhere(dtype, level):
     weight = random_weight(40, 96, QuantConfig(bits=3, group_size=32, sym=False), act_order=True)
@@ -234,7 +287,7 @@ def test_an_instruction_set_can_be_asked_for(monkeypatch):
         monkeypatch.setenv("QCORE_CPU_LEVEL", name)
         cpu_library.load.cache_clear()
         if name in LEVELS:
-            assert cpu_library.load().qc_matmul_level() == 4
+            assert cpu_library.load().qc_matmul_level() == 5
         else:
             with pytest.raises(BackendError, match=words):
                 cpu_library.load()
