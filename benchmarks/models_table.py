@@ -20,8 +20,8 @@ from qcore import QuantLinear
 from qcore.compat.peft import get_peft_model
 from qcore.discovery import find_adapter
 from qcore.experts import unfuse
-from qcore.model import ModuleWeights
 from qcore.plugins import installed
+from qcore.streaming import ModuleWeights
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/plugins/models"))

@@ -5,9 +5,8 @@ Each is a short list of steps; the steps live in the files this one imports.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
 from .config import Override, QuantConfig, RunSizes
-from .content import Info, content_of, info_of, open_content, plain_record, tell_model, unknown_tensors
-from .errors import ConfigError, ModelError, QcoreError, suggest
+from .content import Info, content_of, info_of, open_content, plain_record, tell_model
+from .errors import ConfigError, ModelError, first_line, suggest
 from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Exporter
@@ -30,25 +29,15 @@ from .fast import accelerate
 from .files import check_manifest, check_output, complete_folder, disk_errors, read_json, write_manifest
 from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
+from .loading import load_quantized
 from .memory import parse_bytes
-from .model import (
-    FolderWeights,
-    ModuleWeights,
-    Names,
-    compute_dtype,
-    load_float,
-    load_quantized,
-    load_tokenizer,
-    longest,
-    skeleton,
-    stored_dtype,
-    vocabulary,
-)
-from .plan import Job, check_format, check_model, make_job
+from .model import compute_dtype, load_float, load_tokenizer, longest, skeleton, stored_dtype, vocabulary
+from .plan import Job, check_format, check_model
 from .plugins import Plugins, installed
 from .ranks import Ranks
-from .run import announce, nobody, quantize_blocks, quantize_to_folder
+from .run import quantize_blocks, quantize_to_folder
 from .saving import PROVENANCE, in_shards
+from .streaming import FolderWeights, ModuleWeights, Names
 from .weight import QuantizedWeight
 
 DEFAULT_ALGORITHM = "gptq"
@@ -113,25 +102,15 @@ def quantize(
     if target is not None:
         check_output(target)
     place, limit = pick_device(device), parse_bytes(max_memory)
-    folder = None
-    if isinstance(model, nn.Module):
-        if target is not None:
-            raise ConfigError("output= streams from a folder; for an nn.Module leave it out and call qcore.save.")
-        network, label = model.eval(), type(model).__name__
-    else:
-        folder, label = ModelFolder(resolve_model(str(model), plugins, revision)), str(model)
-        if folder.config.get("quantization_config"):
-            check_model(nn.Module(), folder)
-        working = compute_dtype(stored_dtype(folder), place)
-        network = skeleton(folder, trust_remote_code) if target else load_float(folder, trust_remote_code, working)
+    network, folder = open_unquantized(model, target is not None, place, trust_remote_code, revision, plugins)
+    if folder:
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
-    check_model(network, folder)
-    unfuse(network)
     weights = FolderWeights(network, folder) if folder and target else ModuleWeights(network)
     if calibration is None:
         fits = folder is None or target is None or _fits(folder, place)
         calibration = DEFAULT_CALIBRATION if fits else DEFAULT_CALIBRATION_OF_LARGE
-    job = make_job(
+    label = str(model) if folder else type(model).__name__
+    job = Job(
         network, weights, folder, label, algorithm, config, plugins, overrides=overrides, seqlen=seqlen,
         batch_size=batch_size, tokens=samples * seqlen, limit=limit, seed=seed, device=place, adapter=adapter,
         ranks=Ranks(deterministic),
@@ -152,13 +131,10 @@ def quantize(
     if job.ranks.size > 1:
         same_everywhere(job.ranks, {**fingerprint(job, folder), **(used if calibrates else {})})
 
-    def calibrate() -> Calibration:
-        return given or make_calibration()
-
     if target is None:
         if calibrates:
-            job.calibration = job.ranks.first(calibrate)
-        return _quantize_in_place(job, plugins, tokenizer, folder)
+            job.calibration = job.ranks.first(lambda: given or make_calibration())
+        return _quantize_in_place(job, plugins.usable("backend").values(), tokenizer, folder)
     assert folder is not None
     check_format(job, exporter)
     journal = Journal(target, fresh, job.ranks)
@@ -171,8 +147,8 @@ def quantize(
                 "seed": seed,
                 "model": model_digest(folder),
             }
-            job.calibration = journal.calibration(calibrate, asked)
-        report = quantize_to_folder(job, folder, journal, exporter, plugins)
+            job.calibration = journal.calibration(lambda: given or make_calibration(), asked)
+        report = quantize_to_folder(job, folder, journal, exporter)
     finally:
         journal.close()
     _LAST_REPORTS[target.resolve()] = report
@@ -198,6 +174,31 @@ def _algorithm(plugins: Plugins, algo: str | Algorithm, params: Mapping[str, Any
     return kind(**params)
 
 
+def open_unquantized(
+    model: nn.Module | str | Path,
+    streamed: bool,
+    device: torch.device,
+    trust_remote_code: bool,
+    revision: str | None,
+    plugins: Plugins,
+) -> tuple[nn.Module, ModelFolder | None]:
+    """Return a float model, experts taken apart, and the folder it is in, if it is; streamed: without its weights.
+
+    Raises ModelError for one that is quantized already or cannot be, ConfigError for a module that is to be streamed.
+    """
+    folder = None
+    if not isinstance(model, nn.Module):
+        folder = ModelFolder(resolve_model(str(model), plugins, revision))
+        if folder.config.get("quantization_config"):
+            check_model(nn.Module(), folder)
+        working = compute_dtype(stored_dtype(folder), device)
+        model = skeleton(folder, trust_remote_code) if streamed else load_float(folder, trust_remote_code, working)
+    elif streamed:
+        raise ConfigError("output= streams from a folder; for an nn.Module leave it out and call qcore.save.")
+    check_model(model, folder)
+    return unfuse(model.eval()), folder
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """Return the device meant; "auto" is the current GPU, the first one unless a run of several processes gave out others, or
     the CPU.
@@ -210,7 +211,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from None
     if chosen == torch.device("cuda") and torch.cuda.current_device():  # which other threads do not know
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
@@ -219,44 +220,30 @@ def pick_device(device: str | torch.device) -> torch.device:
 def _fits(folder: ModelFolder, device: torch.device) -> bool:
     """Whether the float model takes at most half of the device's memory, so that it can be brought in whole."""
     width = compute_dtype(stored_dtype(folder), device).itemsize
-    size = sum(math.prod(info.shape) for info in folder.tensors.values()) * width
+    size = sum(info.count for info in folder.tensors.values()) * width
     if device.type == "cuda":
         return size <= torch.cuda.get_device_properties(device).total_memory / 2
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-def _quantize_in_place(job: Job, plugins: Plugins, tokenizer: Any, folder: ModelFolder | None) -> nn.Module:
+def _quantize_in_place(
+    job: Job, backends: Collection[Backend], tokenizer: Any, folder: ModelFolder | None
+) -> nn.Module:
     """Quantize a model in memory, putting a QuantLinear in the place of each linear as its block is finished."""
-    tell = plugins.call if job.ranks.rank == 0 else nobody
-    tell(
-        "qcore_run_started",
-        plan={"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": 0, **job.describe()},
-    )
-    backends = plugins.usable("backend")
-    unknown = unknown_tensors(job.model, folder.tensors) if folder else []
+    info = info_of(job.model, tokenizer, folder, folder.tensors if folder else ())
     records: list[dict[str, Any]] = []
-    for _, results, found in quantize_blocks(job, None, announce(tell)):
+    for _, results, found in quantize_blocks(job):
         records += found
         for name, weight in results.items():
             original = job.model.get_submodule(name).weight
             assert isinstance(original, Tensor)
-            kept = _CompactSource(weight)
-            linear = QuantLinear(weight, backends.values(), original.device, original.dtype, kept)
+            kept = partial(QuantizedWeight.from_tensors, weight.to_tensors(), weight.config)  # packed, on the host
+            linear = QuantLinear(weight, backends, original.device, original.dtype, kept)
             replace_module(job.model, name, linear)
-    report = {**job.describe(), "layers": records}
-    tell_model(job.model, info_of(report, tokenizer, job.model, folder, unknown))
-    tell("qcore_run_finished", report=report)
+    info.report = {**job.describe(), "layers": records}
+    tell_model(job.model, info)
+    job.tell("qcore_run_finished", report=info.report)
     return job.model
-
-
-class _CompactSource:
-    """Holds a weight's exact canonical form, codes packed, in host memory."""
-
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.tensors, self.config = weight.to_tensors(), weight.config
-
-    def __call__(self) -> QuantizedWeight:
-        return QuantizedWeight.from_tensors(self.tensors, self.config)
 
 
 def save(
@@ -330,7 +317,7 @@ def load(
     found, layers = renamed(found, layers, Names(network).layer_in_model)
     report = {**found, "format": exporter.name, "layers": layers, "notes": list(content.notes)}
     files = content.source or ModelFolder(folder)
-    tell_model(network, info_of(report, tokenizer, network, files, unknown_tensors(network, content.tensors)))
+    tell_model(network, info_of(network, tokenizer, files, content.tensors, report))
     return network
 
 
@@ -464,7 +451,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
     files = content.source or ModelFolder(path)
     weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())
     floats = set(content.tensors)
-    quantized_bytes = sum(_bytes(info) for name, info in files.tensors.items() if name not in floats)
+    quantized_bytes = sum(info.nbytes for name, info in files.tensors.items() if name not in floats)
     records = {record["name"]: record for record in content.provenance.get("layers", [])}
     order = {name: number for number, name in enumerate(records)}  # as they ran, where that is known
     names = sorted(content.layers, key=lambda name: order.get(name, len(order)))
@@ -474,7 +461,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "format": exporter.name,
         "model_type": files.config.get("model_type"),
         "size": size,
-        "size_float16": 2 * (weights + sum(torch.Size(files.tensors[name].shape).numel() for name in floats)),
+        "size_float16": 2 * (weights + sum(files.tensors[name].count for name in floats)),
         "quantized_weights": weights,
         "bits_per_weight": 8 * quantized_bytes / weights if weights else None,
         "layers": [{**plain_record(content.layers[name]), **records.get(name, {})} for name in names],
@@ -483,20 +470,3 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
         "notes": list(content.notes),
         "manifest": check_manifest(path),
     }
-
-
-def _bytes(info: Any) -> int:
-    return int(torch.Size(info.shape).numel()) * int(info.dtype.itemsize)
-
-
-__all__ = [
-    "QcoreError",
-    "content_of",
-    "evaluate",
-    "inspect",
-    "load",
-    "open_content",
-    "quantize",
-    "report",
-    "save",
-]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .exporter import LayerSpec
     from .weight import QuantizedWeight
 
 
@@ -29,6 +30,13 @@ class MatmulSpec:
     dtype: torch.dtype  # of the activations
     device: torch.device
     tokens: int = 1  # that most products will have: 1 for generation
+
+    @classmethod
+    def of(
+        cls, layer: LayerSpec | QuantizedWeight, dtype: torch.dtype, device: torch.device, tokens: int = 1
+    ) -> MatmulSpec:
+        """Return the spec of products by a linear, on a device."""
+        return cls(layer.config, layer.in_features, layer.out_features, layer.act_order, dtype, device, tokens)
 
 
 class Backend(ABC):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from .adapter import is_linear
 from .algorithm import Linear, Task, TotalT
-from .capture import Captured, Closing, Enough, Stream, first_output, own
+from .capture import Captured, Closing, Enough, Stream, first_output, own, watching
 from .config import QuantConfig
 from .errors import RunError
 from .experts import Experts
 from .linear import set_weight, weight_of
 from .memory import MEMO_BYTES, Ferry
-from .packing import pack
 from .ranks import Ranks, Sums, assign
 from .weight import QuantizedWeight
 
@@ -38,33 +37,58 @@ class Span(nn.ModuleDict):
         return hidden
 
 
-@dataclass
 class Block:
-    """One decoder block under work; implements algorithm.BlockContext (see there)."""
+    """One decoder block under work, its weights in memory; implements algorithm.BlockContext (see there).
 
-    index: int
-    name: str
-    module: nn.Module
-    device: torch.device
-    seed: int
-    linears: Mapping[str, Linear]
-    groups: Sequence[tuple[str, ...]]
-    stages: Sequence[Sequence[tuple[str, ...]]]
-    stream: Stream | None
-    float_inputs: Stream | None
-    kwargs: list[dict[str, Any]]
-    masks: list[Tensor | None]
-    records: dict[str, dict[str, Any]]
-    ranks: Ranks
-    share: range  # which of all calibration batches these are, and how many there are in all
-    batches_in_all: int
-    ferry: Ferry
-    memo_bytes: int = MEMO_BYTES
-    _memo: dict[str, dict[int, Any]] = field(default_factory=dict)  # part -> batch -> its output
-    _tails: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # child -> batch -> input of its closing linear
-    _final: dict[str, QuantizedWeight] = field(default_factory=dict)  # what `replace` gave each linear last
-    _observing: int = 0  # the batch that `observe` shows, numbered among all
-    _agreed: set[str] = field(default_factory=set)  # linears whose weight all processes have from `spread`
+    stages: names inside the block; linears whose plan is None stay out of `linears` and `groups`. kwargs: the block's keyword
+    arguments, batch by batch. batches_in_all: how many there are in all processes, where these are not all.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        stages: Sequence[Sequence[tuple[str, ...]]],
+        plan: Mapping[str, QuantConfig | None],
+        dtype_of: Callable[[str], torch.dtype],
+        captured: Captured | None,
+        kwargs: list[dict[str, Any]],
+        float_inputs: Stream | None,
+        device: torch.device,
+        seed: int,
+        memo_bytes: int = MEMO_BYTES,
+        ranks: Ranks | None = None,
+        batches_in_all: int | None = None,
+    ) -> None:
+        self.index, self.name, self.module, self.device, self.seed = index, name, module, device, seed + index
+        self.stream = captured.stream if captured else None
+        self.masks = captured.masks if captured else []
+        self.float_inputs, self.kwargs, self.memo_bytes = float_inputs, kwargs, memo_bytes
+        self.ranks, self.ferry = ranks or Ranks.alone(), Ferry(device)
+        self.batches_in_all = count = len(kwargs) if batches_in_all is None else batches_in_all
+        self.share = self.ranks.share(count) if len(kwargs) < count else range(count)  # which of all batches these are
+        named = [[tuple(f"{name}.{short}" for short in group) for group in stage] for stage in stages]
+        configs = {full: plan[full] for stage in named for group in stage for full in group}
+        self.linears: Mapping[str, Linear] = {
+            full: self._linear(full, config, dtype_of) for full, config in configs.items() if config is not None
+        }
+        kept = [[tuple(full for full in group if full in self.linears) for group in stage] for stage in named]
+        planned = [[group for group in stage if group] for stage in kept]
+        self.stages: Sequence[Sequence[tuple[str, ...]]] = [stage for stage in planned if stage]
+        self.groups: Sequence[tuple[str, ...]] = [group for stage in planned for group in stage]
+        self.records: dict[str, dict[str, Any]] = {full: {} for full in self.linears}
+        self._memo: dict[str, dict[int, Any]] = {}  # part -> batch -> its output
+        self._tails: dict[str, dict[int, Tensor]] = {}  # child -> batch -> input of its closing linear
+        self._final: dict[str, QuantizedWeight] = {}  # what `replace` gave each linear last
+        self._observing = 0  # the batch that `observe` shows, numbered among all
+        self._agreed: set[str] = set()  # linears whose weight all processes have from `spread`
+
+    def _linear(self, name: str, config: QuantConfig, dtype_of: Callable[[str], torch.dtype]) -> Linear:
+        module = self._module(name)
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{name}.bias"))
+        return Linear(name, weight_of(module).detach().contiguous(), bias, config)
 
     @property
     def workers(self) -> int:
@@ -95,7 +119,7 @@ class Block:
         counts, total = [0] * len(experts), 0
         for hidden, kwargs, mask in self.batches():
 
-            def note(_: nn.Module, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
+            def note(_: str, args: tuple[Any, ...], mask: Tensor | None = mask) -> None:
                 nonlocal total
                 chosen = _tokens(args[1], mask)  # [tokens, k]
                 total += len(chosen)
@@ -103,13 +127,8 @@ class Block:
                     counts[index] += int((chosen == index).sum())
                 raise Enough
 
-            hook = experts.register_forward_pre_hook(note)
-            try:
+            with watching({"": experts}, note), contextlib.suppress(Enough):
                 self.forward(hidden, kwargs)
-            except Enough:
-                pass
-            finally:
-                hook.remove()
         if len(self.share) < self.batches_in_all:
             everywhere = torch.tensor([*counts, total], device=self.device)
             self.ranks.sum([everywhere])
@@ -302,9 +321,18 @@ class Block:
     def record(self, name: str, **facts: Any) -> None:
         self.records[name].update(facts)
 
-    def original_weights(self) -> _OriginalWeights:
-        """A context in which every linear has its float weight again."""
-        return _OriginalWeights(self)
+    @contextlib.contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Within it every linear has its float weight again."""
+        current: dict[str, Any] = {}
+        for name, linear in self.linears.items():
+            current[name] = self._module(name).weight
+            set_weight(self._module(name), linear.weight)
+        try:
+            yield
+        finally:
+            for name, weight in current.items():
+                self._module(name).weight = weight
 
     @torch.no_grad()
     def advance(
@@ -323,7 +351,11 @@ class Block:
         for number, inputs in enumerate(self.ferry.bring(stream.hidden, stream.moved), stream.moved):
             hidden, arguments = stream.hidden[number], own(self.kwargs[number], self.device)
             if original:
-                with self._watched(names, visit, self.masks[number]):
+
+                def note(name: str, args: tuple[Any, ...], mask: Tensor | None = self.masks[number]) -> None:
+                    visit(name, _tokens(args[0], mask))  # type: ignore[misc]
+
+                with watching(self._modules(names if visit else ()), note):
                     output = self.forward(inputs, arguments)
             else:
                 with _Memoised(self, number):
@@ -345,25 +377,11 @@ class Block:
                 "Try another dtype (bfloat16 or float32), or look for damaged weights in this block."
             )
 
-    @contextlib.contextmanager
-    def _watched(self, names: Sequence[str], visit: Callable[[str, Tensor], None] | None, mask: Any) -> Iterator[None]:
-        """Show `visit` the inputs [tokens, in] of the named linears as they run."""
-        hooks = []
-        if visit is not None:
-            for name in names:
-
-                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    visit(name, _tokens(args[0], mask))
-
-                hooks.append(self._module(name).register_forward_pre_hook(note))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _module(self, name: str) -> nn.Module:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
+
+    def _modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: self._module(name) for name in names}
 
     @torch.no_grad()
     def _inputs(
@@ -372,27 +390,16 @@ class Block:
         """Run one batch until every named linear has been called; return their inputs as [tokens, in]."""
         seen: dict[str, list[Tensor]] = {}
         last: dict[str, Tensor] = {}
-        hooks = []
-        for name in names:
 
-            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen.setdefault(name, []).append(_tokens(args[0], mask))
-                last[name] = args[0]
-                if len(seen) == len(names):
-                    raise Enough
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, []).append(_tokens(args[0], mask))
+            last[name] = args[0]
+            if len(seen) == len(names):
+                raise Enough
 
-            hooks.append(self._module(name).register_forward_pre_hook(note))
-        try:
-            if memo_for is None:
-                self.forward(hidden, kwargs)
-            else:
-                with _Memoised(self, memo_for):
-                    self.forward(hidden, kwargs)
-        except Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+        memoised = contextlib.nullcontext() if memo_for is None else _Memoised(self, memo_for)
+        with watching(self._modules(names), note), contextlib.suppress(Enough), memoised:
+            self.forward(hidden, kwargs)
         if memo_for is not None and len(last) == 1 and len(seen[name := next(iter(last))]) == 1:
             self._keep_tail(name, last[name], memo_for)
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in seen.items()}
@@ -439,16 +446,8 @@ def _parts(weight: QuantizedWeight, facts: Mapping[str, Any], device: torch.devi
 
     With it go the facts recorded of it that are tensors.
     """
-    parts = {
-        "codes": pack(weight.codes, weight.bits),
-        "scales": weight.scales,
-        "zeros": weight.zeros,
-        "g_idx": weight.g_idx,
-    }
-    if weight.bias is not None:
-        parts["bias"] = weight.bias
-    parts |= {f"{FACT}{key}": fact for key, fact in facts.items() if isinstance(fact, Tensor)}
-    return {name: tensor.to(device).contiguous() for name, tensor in parts.items()}
+    noted = {f"{FACT}{key}": fact.to(device) for key, fact in facts.items() if isinstance(fact, Tensor)}
+    return {name: tensor.contiguous() for name, tensor in {**weight.to_tensors(device), **noted}.items()}
 
 
 def _described(parts: Mapping[str, Tensor], config: QuantConfig, facts: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -461,22 +460,6 @@ def _from_parts(parts: dict[str, Tensor], config: QuantConfig) -> QuantizedWeigh
     if "bias" in parts:
         parts["bias"] = parts["bias"].cpu()
     return QuantizedWeight.from_tensors(parts, config)
-
-
-class _OriginalWeights:
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.current: dict[str, Any] = {}
-
-    def __enter__(self) -> None:
-        for name, linear in self.block.linears.items():
-            module = self.block._module(name)
-            self.current[name] = module.weight
-            set_weight(module, linear.weight)
-
-    def __exit__(self, *_: object) -> None:
-        for name, weight in self.current.items():
-            self.block._module(name).weight = weight
 
 
 class _Memoised:
@@ -545,19 +528,13 @@ class _Memoised:
         if is_linear(module) or self.block.stream is None or key in self.block.stream.closing:
             return compute(module, *args, **kwargs)
         outputs: dict[str, tuple[Tensor, list[int]]] = {}
-        hooks = []
-        for inner, linear in module.named_modules():
-            if is_linear(linear):
 
-                def note(_: nn.Module, __: Any, output: Tensor, inner: str = inner) -> None:
-                    outputs[inner] = output, _versions(output)
+        def note(inner: str, _: Any, output: Tensor) -> None:
+            outputs[inner] = output, _versions(output)
 
-                hooks.append(linear.register_forward_hook(note))
-        try:
+        linears = {inner: linear for inner, linear in module.named_modules() if is_linear(linear)}
+        with watching(linears, note, after=True):
             output = compute(module, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         first, width = first_output(output), len(output) if isinstance(output, tuple) else 0
         found = [inner for inner, (x, versions) in outputs.items() if x is first and versions == _versions(x)]
         plain = width == 0 or (type(output) is tuple and all(other is None for other in output[1:]))
@@ -576,66 +553,7 @@ def _versions(value: Any) -> list[int]:
 def _size(value: Any) -> int:
     """Bytes of the tensors in a nested value."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return value.nbytes
     if isinstance(value, (list, tuple)):
         return sum(_size(item) for item in value)
     return sum(_size(item) for item in value.values()) if isinstance(value, dict) else 0
-
-
-def make_block(
-    index: int,
-    name: str,
-    module: nn.Module,
-    stages: Sequence[Sequence[tuple[str, ...]]],
-    plan: Mapping[str, QuantConfig | None],
-    dtype_of: Callable[[str], torch.dtype],
-    captured: Captured | None,
-    kwargs: list[dict[str, Any]],
-    float_inputs: Stream | None,
-    device: torch.device,
-    seed: int,
-    memo_bytes: int = MEMO_BYTES,
-    ranks: Ranks | None = None,
-    batches_in_all: int | None = None,
-) -> Block:
-    """Set up a block whose weights are in memory; kwargs: its keyword arguments, batch by batch.
-
-    Linears whose plan is None stay out of `linears` and `groups`.
-    """
-    linears: dict[str, Linear] = {}
-    for group in (group for stage in stages for group in stage):
-        for short in group:
-            full = f"{name}.{short}"
-            config = plan[full]
-            if config is not None:
-                linear = module.get_submodule(short)
-                bias = getattr(linear, "bias", None)
-                bias = None if bias is None else bias.detach().to("cpu", dtype_of(f"{full}.bias"))
-                linears[full] = Linear(full, weight_of(linear).detach().contiguous(), bias, config)
-    named = [
-        [tuple(f"{name}.{short}" for short in group if f"{name}.{short}" in linears) for group in stage]
-        for stage in stages
-    ]
-    planned = [[group for group in stage if group] for stage in named]
-    ranks = ranks or Ranks.alone()
-    count = len(kwargs) if batches_in_all is None else batches_in_all
-    return Block(
-        index=index,
-        name=name,
-        module=module,
-        device=device,
-        seed=seed + index,
-        linears=linears,
-        groups=[group for stage in planned for group in stage],
-        stages=[stage for stage in planned if stage],
-        stream=captured.stream if captured else None,
-        float_inputs=float_inputs,
-        kwargs=kwargs,
-        masks=captured.masks if captured else [],
-        records={full: {} for full in linears},
-        ranks=ranks,
-        share=ranks.share(count) if len(kwargs) < count else range(count),
-        batches_in_all=count,
-        ferry=Ferry(device),
-        memo_bytes=memo_bytes,
-    )

@@ -13,7 +13,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -103,14 +103,14 @@ def prepare(
     if request.samples < 1 or request.seqlen < 2:
         raise ConfigError(f"samples={request.samples}, seqlen={request.seqlen}: expected at least 1 and 2.")
     if longest is not None and longest < request.seqlen:
-        request = CalibrationRequest(**{**vars(request), "seqlen": longest})
+        request = replace(request, seqlen=longest)
     parts = _parse_mixture(source)
     total = sum(parts.values()) if parts else 0
     sequences: list[TokenSequence] = []
     reports = []
     for part, share in parts.items() if parts else [(None, 1.0)]:
         wanted = max(1, round(request.samples * share / total)) if parts else request.samples
-        asked = CalibrationRequest(**{**vars(request), "samples": wanted})
+        asked = replace(request, samples=wanted)
         data, name = _open_source(source if part is None else part, asked, plugins)
         found, report = _to_sequences(data, asked, name)
         sequences += found
@@ -219,7 +219,7 @@ def _to_sequences(data: Any, request: CalibrationRequest, name: str) -> tuple[li
             raise CalibrationError(f'dataset {name!r} has columns {columns}; expected "text" or "input_ids".')
         data = data if "input_ids" in columns else [row["text"] for row in data]
     if isinstance(data, Mapping) and "input_ids" in data:  # what a tokenizer returns for many texts
-        data = _with_masks(data["input_ids"], data.get("attention_mask"))
+        data = _masked_rows(data)
     if isinstance(data, Tensor) and data.ndim == 2:
         data = list(data)
     if not isinstance(data, Iterable):
@@ -245,13 +245,12 @@ def _rows_of(batch: Any) -> list[Any]:
     if isinstance(batch, Tensor) and batch.ndim == 2:
         return list(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        return [batch]
-    return _with_masks(ids, batch.get("attention_mask"))
+    return _masked_rows(batch) if isinstance(ids, Tensor) and ids.ndim == 2 else [batch]
 
 
-def _with_masks(ids: Any, masks: Any) -> list[Any]:
-    """Pair the sequences of a batch with their masks."""
+def _masked_rows(batch: Mapping[str, Any]) -> list[Any]:
+    """One mapping for each sequence of a mapping that has them all."""
+    ids, masks = batch["input_ids"], batch.get("attention_mask")
     masks = [None] * len(ids) if masks is None else masks
     if len(masks) != len(ids):
         raise CalibrationError(f"calibration: a batch has {len(masks)} masks for {len(ids)} sequences.")

@@ -6,17 +6,19 @@ its blocks (masks, rotary embeddings, per-layer variants of both) is what they g
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import ModelAdapter
 from .errors import ModelError, RunError
 from .memory import is_out_of_memory, keeper
-from .model import Weights
+from .streaming import Weights
 
 
 @dataclass
@@ -56,12 +58,27 @@ class Enough(Exception):
     """Everything wanted from this forward pass has been seen."""
 
 
+@contextlib.contextmanager
+def watching(modules: Mapping[str, nn.Module], note: Callable[..., None], *, after: bool = False) -> Iterator[None]:
+    """Within it `note(name, arguments)` is called in front of each of these modules; `after`: behind it, with its output too."""
+    hooks = []
+    for name, module in modules.items():
+
+        def hook(_: nn.Module, *seen: Any, name: str = name) -> None:
+            note(name, *seen)
+
+        hooks.append(module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def capture_inputs(
     model: nn.Module,
     weights: Weights,
-    blocks_name: str,
-    before_blocks: Sequence[str],
-    blocks: Sequence[nn.Module],
+    adapter: ModelAdapter,
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     device: torch.device,
     dtype: torch.dtype,
@@ -71,15 +88,15 @@ def capture_inputs(
 
     keep: puts hidden states where they stay between uses; without it, on the device.
     """
-    brought: list[str] = []
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    before = [name for name in adapter.before_blocks or outside(model, adapter.blocks) if name in present]
+    blocks = [block for _, block in adapter.find_blocks(model)]
     try:
-        for name in before_blocks or outside(model, blocks_name):
-            if _has_module(model, name):
-                brought.append(name)
-                weights.bring(name, device, dtype)
+        for name in before:
+            weights.bring(name, device, dtype)
         return capture(model, blocks, batches, device, keep or keeper(device, "device"))
     finally:
-        for name in brought:
+        for name in before:
             weights.let_go(name)
 
 
@@ -94,14 +111,6 @@ def outside(model: nn.Module, blocks_name: str) -> list[str]:
             if child != path[depth] and module is not head:
                 names.append(f"{parent}.{child}" if parent else child)
     return names
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def capture(
@@ -129,7 +138,8 @@ def capture(
                 recorders[-1].stop = True
                 attention = None if mask is None else mask.to(device, torch.int64)
                 try:
-                    _run_until_enough(model, ids.to(device), attention)
+                    with torch.no_grad(), contextlib.suppress(Enough):
+                        model(input_ids=ids.to(device), attention_mask=attention, use_cache=False)
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise RunError(
@@ -155,14 +165,6 @@ def capture(
         f"{type(model).__name__} does not hand hidden states from block to block unchanged, or does not call all of its "
         f"{len(blocks)} blocks; it cannot be quantized block by block.{found}"
     ) from (stumbled[0] if stumbled else None)
-
-
-def _run_until_enough(model: nn.Module, ids: Tensor, attention: Tensor | None) -> None:
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=attention, use_cache=False)
-    except Enough:
-        pass
 
 
 class _Recorder:

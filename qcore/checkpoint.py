@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, ModelError, name_list
+from .errors import CheckpointError, ModelError, first_line, name_list
 from .files import Flusher, check_inside, disk_errors, read_json, write_json
 from .packing import roomy
 
@@ -51,6 +52,16 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return self.count * self.dtype.itemsize
 
 
 def folder_config(path: Path) -> dict[str, Any]:
@@ -214,7 +225,7 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; shapes, dtype and order are kept."""
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if self._file is None or (self._written and self._written + size > self.limit):
             self._finish_shard()
             path = self.folder / f"shard-{len(self.shards):05d}.part"
@@ -312,5 +323,6 @@ def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> 
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"there is no folder {model}, and the hub gave no model of that name: {reason}") from None
+        raise ModelError(
+            f"there is no folder {model}, and the hub gave no model of that name: {first_line(error)}"
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,12 +17,22 @@ from .errors import BackendError, ConfigError, QcoreError
 if TYPE_CHECKING:
     from rich.console import Console
 
+float_dtypes = click.Choice(["float16", "bfloat16", "float32"])
+bits_option = click.option("--bits", default=4, type=click.IntRange(2, 8))
+group_size_option = click.option("--group-size", default=128, help="Columns that share a scale; -1 for a whole row.")
+sym_option = click.option("--sym/--asym", default=True, help="Symmetric grid, or a zero point per group.")
+override_option = click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
+                               help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
+adapter_option = click.option("--adapter", help="Model adapter; by default the one of the model's type.")
+backend_option = click.option("--backend", default="auto", help="Kernel backend; see `qcore backends`.")
+output_folder = click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
+                             help="Folder to write; must not exist.")  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Allow Python code from the model's repository.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="qcore")
 def cli() -> None:
     """Quantize large language models to 2 to 8 bits and run them."""
@@ -47,22 +57,21 @@ def main() -> NoReturn:
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-@click.option("--algo", default="gptq", show_default=True, help="Algorithm; see `qcore algorithms`.")
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
-@click.option("--group-size", default=128, show_default=True, help="Columns that share a scale; -1 for a whole row.")
-@click.option("--sym/--asym", default=True, show_default=True, help="Symmetric grid, or a zero point per group.")
+@click.option("--algo", default="gptq", help="Algorithm; see `qcore algorithms`.")
+@bits_option
+@group_size_option
+@sym_option
 @click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the algorithm; repeatable.")
-@click.option("--format", "format_", default="gptq", show_default=True, help="Output format; see `qcore formats`.")
+@click.option("--format", "format_", default="gptq", help="Output format; see `qcore formats`.")
 @click.option("--calibration", metavar="NAME|FILE", help="A dataset, a text or JSON-lines file, or a mixture a:2,b.")
-@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
-@click.option("--seqlen", default=2048, show_default=True, help="Tokens per calibration sequence.")
+@click.option("--samples", default=128, help="Calibration sequences.")
+@click.option("--seqlen", default=2048, help="Tokens per calibration sequence.")
 @click.option("--batch-size", type=int, help="Sequences per forward pass.  [default: by size]")
 @click.option("--max-memory", metavar="SIZE", help="Memory of the device to use, for instance 4GiB.  [default: all]")
-@click.option("--adapter", help="Model adapter; by default the one of the model's type.")
+@adapter_option
 @device_option
-@click.option("--seed", default=0, show_default=True)
-@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES",
-              help="'PATTERN:bits=8,group_size=32' or 'PATTERN:skip'; repeatable, later ones win.")  # fmt: skip
+@click.option("--seed", default=0)
+@override_option
 @click.option("--fresh", is_flag=True, help="Discard an unfinished run instead of resuming it.")
 @click.option("--deterministic", is_flag=True, help="Give the same bytes with any number of processes (torchrun).")
 @click.option(
@@ -190,14 +199,9 @@ def _progress(quiet: bool) -> Any:
             if plan["resumed_at"]:
                 console.print(f"Resuming after {plan['resumed_at']} finished blocks.")
             self.bar = rich_progress.Progress(
-                rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TextColumn("{task.fields[error]}"),
-                rich_progress.TimeElapsedColumn(),
-                rich_progress.TimeRemainingColumn(),
-                console=console,
-            )
+                "{task.description}", rich_progress.BarColumn(), rich_progress.MofNCompleteColumn(), "{task.fields[error]}",
+                rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn(), console=console,
+            )  # fmt: skip
             self.bar.start()
             name = f"{plan['algorithm']} blocks"
             self.task = self.bar.add_task(name, total=plan["blocks"], completed=plan["resumed_at"], error="")
@@ -233,19 +237,13 @@ def _show_layers(layers: list[dict[str, Any]]) -> None:
     for layer in layers:
         error = "" if layer.get("error") is None else f"{layer['error']:.4f}"
         seconds = f"{layer['seconds']:.2f}" if "seconds" in layer else ""
-        kind = f"{layer['bits']} {'sym' if layer['sym'] else 'asym'}"
-        rows.append(
-            [
-                layer["name"],
-                "x".join(map(str, layer["shape"])),
-                kind,
-                str(layer["group_size"]),
-                error,
-                seconds,
-                layer.get("note", ""),
-            ]
-        )
+        grid = [f"{layer['bits']} {'sym' if layer['sym'] else 'asym'}", str(layer["group_size"])]
+        rows.append([layer["name"], _by(layer["shape"]), *grid, error, seconds, layer.get("note", "")])
     _table(["linear", "shape", "bits", "group", "rel. error", "seconds", ""], rows)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _show_summary(output: Path, report: dict[str, Any], found: dict[str, Any]) -> None:
@@ -262,17 +260,25 @@ def _show_summary(output: Path, report: dict[str, Any], found: dict[str, Any]) -
                 console.print(f"  {source['source']}: {source['short']}")
 
 
+def _text_options(command: Any) -> Any:
+    """Add the options of what measures on text, beside a reference."""
+    for option in reversed((
+        click.option("--text", type=click.Path(path_type=Path), help="File of held-out text: perplexity and KL divergence."),
+        click.option("--reference", metavar="MODEL", help="Model to compare with, for instance the one before quantization."),
+        click.option("--seqlen", default=512, help="Tokens per window of --text."),
+        click.option("--windows", type=int, help="Use at most this many windows of --text."),
+        device_option, trust_option,
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @cli.command("eval")
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), help="File of held-out text: perplexity and KL divergence.")
 @click.option("--task", "tasks", multiple=True, metavar="NAME[:ARGUMENT]", help="Task; see `qcore tasks`; repeatable.")
 @click.option("--data", metavar="FILE|NAME", help="The tasks' data: .jsonl, .json, .csv, or a hub name.")
 @click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the tasks; repeatable.")
-@click.option("--reference", metavar="MODEL", help="Model to compare with, for instance the one before quantization.")
-@click.option("--seqlen", default=512, show_default=True, help="Tokens per window of --text.")
-@click.option("--windows", type=int, help="Use at most this many windows of --text.")
-@device_option
-@trust_option
+@_text_options
 @json_option
 def evaluate(model: str, text: Path | None, tasks: tuple[str, ...], data: str | None, options: tuple[str, ...],
              seqlen: int, windows: int | None, as_json: bool, **settings: Any) -> None:  # fmt: skip
@@ -324,7 +330,7 @@ def _show_result(result: Mapping[str, float]) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--max-new-tokens", default=64, type=click.IntRange(1))
 @click.option("--fast", is_flag=True, help="A compiled step, captured on a GPU: for many tokens, as it starts slowly.")
 @device_option
 @trust_option
@@ -354,18 +360,14 @@ def bench() -> None:
 @bench.command("generate")
 @click.argument("model")
 @click.option("--reference", metavar="fp16|bf16|fp32|MODEL", help="MODEL with float weights, or another float model.")
-@click.option("--new-tokens", default=512, show_default=True, type=click.IntRange(1))
-@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--num-beams", multiple=True, type=click.IntRange(1), default=(1,), show_default=True, help="Repeatable.")
-@click.option(
-    "--repeat", default=1, show_default=True, type=click.IntRange(1), help="Runs by the clock; the fastest counts."
-)
-@click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
-@click.option(
-    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of activations.  [default: as stored]"
-)
+@click.option("--new-tokens", default=512, type=click.IntRange(1))
+@click.option("--prompt-tokens", default=128, type=click.IntRange(1))
+@click.option("--num-beams", multiple=True, type=click.IntRange(1), default=(1,), help="Repeatable.")
+@click.option("--repeat", default=1, type=click.IntRange(1), help="Runs by the clock; the fastest counts.")
+@backend_option
+@click.option("--dtype", type=float_dtypes, help="Of activations.  [default: as stored]")
 @click.option("--device-map", help="`auto` spreads over all GPUs.")
-@click.option("--fast/--no-fast", default=True, show_default=True, help="A compiled step, captured on a GPU.")
+@click.option("--fast/--no-fast", default=True, help="A compiled step, captured on a GPU.")
 @device_option
 @trust_option
 @json_option
@@ -396,11 +398,11 @@ def bench_generate(model: str, reference: str | None, dtype: str | None, new_tok
 @click.option("--shapes", help="IN x OUT features, separated by commas.  [default: of 7B and 70B models]")
 @click.option("--tokens", help="Numbers of rows of x, separated by commas.")
 @click.option("--backend", "backends", multiple=True, help="Repeatable.  [default: all that can serve]")
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
-@click.option("--group-size", default=128, show_default=True)
-@click.option("--sym/--asym", default=True, show_default=True)
+@bits_option
+@group_size_option
+@sym_option
 @click.option("--act-order", is_flag=True)
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
+@click.option("--dtype", type=float_dtypes,
               help="Of activations.  [default: float16 on a GPU, float32 on a CPU]")  # fmt: skip
 @device_option
 @json_option
@@ -430,8 +432,8 @@ def bench_matmul(shapes: str | None, tokens: str | None, dtype: str | None, devi
 
 @bench.command("load")
 @click.argument("model")
-@click.option("--backend", default="auto", show_default=True, help="Kernel backend; see `qcore backends`.")
-@click.option("--fast/--no-fast", default=False, show_default=True, help="Linears of one input made one.")
+@backend_option
+@click.option("--fast/--no-fast", default=False, help="Linears of one input made one.")
 @device_option
 @trust_option
 @json_option
@@ -476,7 +478,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@output_folder
 @click.option("--format", "format_", required=True, help="Output format; see `qcore formats`.")
 @click.option("--lossy", is_flag=True, help="Change what the format cannot hold exactly to the nearest it can.")
 @click.option("--manifest", is_flag=True, help="Write SHA256SUMS too.")
@@ -508,15 +510,18 @@ def convert(
 @click.argument("model")
 @click.option("--target", required=True, help="Where it shall run; see `qcore targets`.")
 @click.option("--format", "format_", help="Of a plan: the format.  [default: gptq]")
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8), help="Of a plan.")
-@click.option("--group-size", default=128, show_default=True, help="Of a plan.")
-@click.option("--sym/--asym", default=True, show_default=True, help="Of a plan.")
+@bits_option
+@group_size_option
+@sym_option
 @click.option("--act-order", is_flag=True, help="Of a plan.")
-@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="Of a plan; repeatable.")
+@override_option
 @click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target; repeatable.")
 @json_option
 def check(model: str, target: str, format_: str | None, options: tuple[str, ...], as_json: bool, **plan: Any) -> None:
-    """Tell whether --target loads MODEL, a quantized folder or a float one with a plan. Exit code 1 when it does not."""
+    """Tell whether --target loads MODEL: a quantized folder, or a float one with a plan (--format to --override).
+
+    Exit code 1 when it does not.
+    """
     from dataclasses import asdict
 
     from .errors import name_list
@@ -534,19 +539,6 @@ def check(model: str, target: str, format_: str | None, options: tuple[str, ...]
             )
         click.echo(f"{target} {'does not load' if refused else 'loads'} it")
     sys.exit(1 if refused else 0)
-
-
-def _text_options(command: Any) -> Any:
-    """The options of everything that measures on text beside a reference."""
-    for option in reversed((
-        click.option("--text", type=click.Path(path_type=Path), help="File of held-out text to measure on."),
-        click.option("--reference", metavar="MODEL", help="The model before quantization, for KL divergence."),
-        click.option("--seqlen", default=512, show_default=True, help="Tokens per window of --text."),
-        click.option("--windows", type=int, help="Use at most this many windows of --text."),
-        device_option, trust_option,
-    )):  # fmt: skip
-        command = option(command)
-    return command
 
 
 @cli.command()
@@ -569,11 +561,7 @@ def report(folder: Path, output: Path, plots: Path | None, text: Path | None, **
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
 @click.option(
-    "--new-tokens",
-    default=32,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Tokens generated to measure speed; 0 leaves it out.",
+    "--new-tokens", default=32, type=click.IntRange(0), help="Tokens generated to measure speed; 0 leaves it out."
 )
 @_text_options
 @json_option
@@ -591,7 +579,7 @@ def compare(folders: tuple[Path, ...], output: Path | None, plot: Path | None, t
         click.echo(json.dumps(rows))
     else:
         columns = page.compared_columns(rows)
-        _table([page.COMPARED[name] for name in columns], [page.compared_cells(row, columns) for row in rows])
+        _table([page.COMPARED[name][0] for name in columns], [page.compared_cells(row, columns) for row in rows])
 
 
 def _write(file: Path, content: str) -> None:
@@ -651,38 +639,32 @@ def _listing(kind: str | None, as_json: bool) -> None:
     from .plugins import installed
 
     rows = [row for row in installed().table() if kind is None or row["kind"] == kind]
-    if kind == "backend":
-        backends = {name: offers[0][1] for name, offers in installed().offers("backend").items()}
-        for row in rows:
-            backend = backends[row["name"]]
-            row["description"] = backend.description
-            row["usable"] = backend.unavailable() or "yes"
-    elif kind is not None:
-        for row in rows:
-            offer = installed().offers(kind)[row["name"]][0][1]
-            row["description"] = ", ".join(offer.model_types) if kind == "model" else offer.description
+    for row in rows if kind else ():
+        offer = installed().offers(row["kind"])[row["name"]][0][1]
+        row["description"] = ", ".join(offer.model_types) if kind == "model" else offer.description
+        if kind == "backend":
+            row["usable"] = offer.unavailable() or "yes"
     if as_json:
         click.echo(json.dumps(rows))
         return
-    columns = {
-        None: ["kind", "name", "plugin", "distribution", "version", "status", "reason"],
-        "backend": ["name", "usable", "description", "distribution", "version"],
-        "model": ["name", "model types", "distribution", "version"],
-    }.get(kind, ["name", "description", "distribution", "version"])
-    keys = ["description" if column == "model types" else column for column in columns]
-    _table(columns, [[row[key] for key in keys] for row in rows])
+    if kind is None:
+        columns = ["kind", "name", "plugin", "distribution", "version", "status", "reason"]
+    else:
+        columns = ["name", *(["usable"] if kind == "backend" else []), "description", "distribution", "version"]
+    titles = ["model types" if kind == "model" and column == "description" else column for column in columns]
+    _table(titles, [[row[column] for column in columns] for row in rows])
 
 
 @cli.command()
 @click.option(
     "--explain", metavar="MODEL", help="Show the plan for a model instead: blocks, groups, what stays in float."
 )
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
-@click.option("--group-size", default=128, show_default=True)
-@click.option("--samples", default=128, show_default=True)
-@click.option("--seqlen", default=2048, show_default=True)
-@click.option("--adapter", help="Model adapter; by default the one of the model's type.")
-@click.option("--override", "overrides", multiple=True, metavar="PATTERN:CHANGES", help="As for `qcore quantize`.")
+@bits_option
+@group_size_option
+@click.option("--samples", default=128)
+@click.option("--seqlen", default=2048)
+@adapter_option
+@override_option
 @device_option
 @trust_option
 @json_option
@@ -707,7 +689,7 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
         for number, group in enumerate(kind["groups"], 1):
             for linear in group["linears"]:
                 times = f"{group['times']} experts" if group["times"] > 1 else ""
-                rows.append([where, str(number), linear["linear"], "x".join(map(str, linear["shape"])), times])
+                rows.append([where, str(number), linear["linear"], _by(linear["shape"]), times])
                 where = ""
     title = f"{plan['model_type']}: adapter {plan['adapter']}, {plan['blocks']} blocks"
     _table(["blocks", "input", "linear (of one input: the same number)", "shape", ""], rows, title)
@@ -741,11 +723,9 @@ def _ranges(numbers: list[int]) -> str:
 
 @cli.command()
 @click.option("--model", metavar="MODEL", help="A quantized model: show which backend each kind of its linears takes.")
-@click.option("--backend", default="auto", show_default=True, help="Of a model: the backend wanted.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Of a model: of activations.")
-@click.option(
-    "--tokens", default=1, show_default=True, type=click.IntRange(1), help="Of a model: rows of most products."
-)
+@backend_option
+@click.option("--dtype", type=float_dtypes, help="Of a model: of activations.")
+@click.option("--tokens", default=1, type=click.IntRange(1), help="Of a model: rows of most products.")
 @device_option
 @json_option
 def backends(model: str | None, dtype: str | None, as_json: bool, **settings: Any) -> None:
@@ -762,9 +742,8 @@ def backends(model: str | None, dtype: str | None, as_json: bool, **settings: An
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        shape = "x".join(map(str, row["shape"]))
         kind = f"{row['grid']}{', act-order' if row['act_order'] else ''}, {row['dtype']} on {row['device']}"
-        click.echo(f"{row['count']} x {', '.join(row['linears'])}: {shape}, {kind}, {row['tokens']} tokens")
+        click.echo(f"{row['count']} x {', '.join(row['linears'])}: {_by(row['shape'])}, {kind}, {row['tokens']} tokens")
         click.echo(f"  {row['backend'] or 'none'}: {row['because']}")
         for name, reason in row["others"].items():
             click.echo(f"  not {name}: {reason}")

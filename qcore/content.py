@@ -18,8 +18,9 @@ from .errors import CheckpointError, ModelError, suggest
 from .exporter import Content, Exporter, LayerSpec
 from .journal import provenance, renamed
 from .linear import QuantLinear
-from .model import Names, match_keys, save_own_code
+from .model import save_own_code
 from .plugins import Plugins, installed
+from .streaming import Names, match_keys
 from .weight import QuantizedWeight
 
 
@@ -27,14 +28,13 @@ from .weight import QuantizedWeight
 class Info:
     """What qcore knows of a model it made or loaded; kept as `model.qcore_info`."""
 
-    report: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
     tokenizer: Any | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None  # config.json of the folder it came from
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # what that folder stores each tensor as
-    strangers: Mapping[str, Callable[[], Tensor]] = field(
-        default_factory=dict
-    )  # its tensors that the model does not know
+    #: its tensors that the model does not know
+    strangers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def tell_model(model: nn.Module, info: Info) -> None:
@@ -52,25 +52,20 @@ def _save_pretrained(*_: Any, **__: Any) -> None:
 
 
 def info_of(
-    report: dict[str, Any], tokenizer: Any, model: nn.Module, folder: ModelFolder | None, unknown: Iterable[str] = ()
+    model: nn.Module,
+    tokenizer: Any,
+    folder: ModelFolder | None,
+    floats: Iterable[str] = (),
+    report: dict[str, Any] | None = None,
 ) -> Info:
-    """Return what to keep of a model that was quantized or loaded; unknown: checkpoint tensors it has no parameter for."""
+    """Return what to keep of a model and the folder it came from; floats: its tensors, if of no parameter to be saved as well."""
     if folder is None:
-        return Info(report, tokenizer)
+        return Info(report or {}, tokenizer)
     keys = match_keys(model, folder.tensors, partial=True)
     dtypes = {name: folder.tensors[key].dtype for name, key in keys.items()}
-    strangers = {key: partial(folder.tensor, key) for key in unknown}
-    return Info(report, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
-
-
-def unknown_tensors(model: nn.Module, available: Iterable[str]) -> list[str]:
-    """Tensors of a checkpoint that this model has no parameter for."""
-    available = list(available)
-    known = {
-        *match_keys(model, available, partial=True).values(),
-        *(getattr(model, "all_tied_weights_keys", None) or ()),
-    }
-    return [key for key in available if key not in known]
+    known = {*keys.values(), *(getattr(model, "all_tied_weights_keys", None) or ())}
+    strangers = {key: partial(folder.tensor, key) for key in floats if key not in known}
+    return Info(report or {}, tokenizer, folder.carried_files(), folder.config, dtypes, strangers)
 
 
 @contextmanager

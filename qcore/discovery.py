@@ -1,21 +1,23 @@
-"""What a block does, found out by watching it run: the generic adapter's eyes."""
+"""The generic adapter: where a model that nobody declared keeps its blocks, and what they do, found out by watching them run."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import ModelAdapter, discover, is_linear
-from .capture import capture_inputs, first_output, own
-from .errors import ModelError
+from .adapter import ModelAdapter, is_linear, linears_in
+from .capture import capture_inputs, first_output, own, watching
+from .errors import ModelError, name_list
 from .experts import Experts
 from .linear import weight_of
-from .model import Weights, compute_dtype, model_dtype, vocabulary
+from .model import compute_dtype, model_dtype, vocabulary
 from .plugins import Plugins
+from .streaming import Weights
 
 
 def find_adapter(
@@ -38,28 +40,143 @@ def find_adapter(
 
 
 def discover_adapter(model: nn.Module, weights: Weights, device: torch.device) -> ModelAdapter:
-    """Watch one short forward pass through every kind of block the model has."""
+    """Make an adapter for a model nobody declared.
+
+    A linear that did not run as one (Mamba reads the weights of its dt_proj, Llama 4's router also chooses) stays in float.
+    """
+    blocks = find_block_list(model)
+    kinds = watch_kinds(model, blocks, weights, device)
+    groups = _merge([[tuple(dict.fromkeys(map(_any_expert, group))) for group in kind] for kind in kinds])
+    inside = [linears_in(block) for block in model.get_submodule(blocks).children()]
+    routers = tuple(dict.fromkeys(name for present in inside for name in present if _is_router(name, present)))
+    ran = {name for group in groups for name in group}
+    unused = tuple(dict.fromkeys(name for present in inside for name in map(_any_expert, present) if name not in ran))
+    kept = [group for each in groups if (group := tuple(name for name in each if name not in routers))]
+    return ModelAdapter(
+        name="generic",
+        model_types=(),
+        blocks=blocks,
+        linear_groups=tuple(kept),
+        keep_float=(*routers, *unused),
+        notes=tuple(_assumed(model, blocks, kept, routers, unused)),
+    )
+
+
+def watch_kinds(
+    model: nn.Module, blocks_name: str, weights: Weights, device: torch.device
+) -> list[list[tuple[str, ...]]]:
+    """Watch one short forward pass through every kind of block; return for each its groups, see `order_of_use`."""
     dtype = compute_dtype(model_dtype(model), device)
+    blocks = list(model.get_submodule(blocks_name).children())
+    ids = torch.arange(8).reshape(1, 8) % vocabulary(model)
+    place = ModelAdapter("generic", (), blocks_name, ())
+    captured = capture_inputs(model, weights, place, [(ids, None)], device, dtype)
+    kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for index, block in enumerate(blocks):
+        kind = tuple(name for name, _ in block.named_modules())
+        if kind in kinds:
+            continue
+        name = f"{blocks_name}.{index}"
+        weights.bring(name, device, dtype)
+        kwargs = own(captured.kwargs[index][0], device)
+        check_causal(block, captured.stream.hidden[0].to(device), kwargs, type(model).__name__)
+        with all_experts(block):
+            kinds[kind] = order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
+        weights.let_go(name)
+    return list(kinds.values())
 
-    def look(blocks_name: str) -> list[list[tuple[str, ...]]]:
-        blocks = list(model.get_submodule(blocks_name).children())
-        ids = torch.arange(8).reshape(1, 8) % vocabulary(model)
-        captured = capture_inputs(model, weights, blocks_name, (), blocks, [(ids, None)], device, dtype)
-        kinds: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-        for index, block in enumerate(blocks):
-            kind = tuple(name for name, _ in block.named_modules())
-            if kind in kinds:
-                continue
-            name = f"{blocks_name}.{index}"
-            weights.bring(name, device, dtype)
-            kwargs = own(captured.kwargs[index][0], device)
-            check_causal(block, captured.stream.hidden[0].to(device), kwargs, type(model).__name__)
-            with all_experts(block):
-                kinds[kind] = order_of_use(block, captured.stream.hidden[0].to(device), kwargs)
-            weights.let_go(name)
-        return list(kinds.values())
 
-    return discover(model, look)
+def find_block_list(model: nn.Module) -> str:
+    """Return the dotted name of the model's decoder blocks: the ModuleList with the most weights in linears.
+
+    All of its modules must hold linears. A model of several towers (vision, text) is searched in its text decoder.
+
+    Raises ModelError, saying what was looked for.
+    """
+    best: tuple[int, str] | None = None
+    decoder = text_decoder(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or not f"{name}.".startswith(decoder):
+            continue
+        sizes = [sum(linear_size(sub) for sub in block.modules() if is_linear(sub)) for block in module]
+        if all(sizes) and (best is None or sum(sizes) > best[0]):
+            best = (sum(sizes), name)
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder blocks: looked for an nn.ModuleList all of whose modules hold "
+            "nn.Linear or Conv1D. Declare a ModelAdapter for it (docs/plugins.md)."
+        )
+    return best[1]
+
+
+def text_decoder(model: nn.Module) -> str:
+    """The prefix of the names inside a model's text decoder, as the model itself tells it; empty for all of it."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    if isinstance(decoder, nn.Linear):  # ModernBERT calls its output head so
+        return ""
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+
+def linear_size(module: nn.Module) -> int:
+    """Number of weights of a linear."""
+    weight: Any = module.weight
+    return int(weight.numel())
+
+
+def _assumed(
+    model: nn.Module, blocks: str, groups: Sequence[Sequence[str]], routers: Sequence[str], unused: Sequence[str]
+) -> Iterator[str]:
+    """Say what the generic adapter took for what."""
+    yield f"took {blocks!r} for the decoder blocks"
+    yield f"saw {sum(map(len, groups))} linears with {len(groups)} distinct inputs"
+    decoder = text_decoder(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    beside = sum(linear_size(module) for name, module in named if not name.startswith(decoder))
+    if beside:
+        yield f"quantizes the language model, {decoder[:-1]!r}, only; {beside:,} weights of other parts stay in float"
+    if routers:
+        yield f"took {name_list(routers)} for routers, which stay in float"
+    if unused:
+        yield f"did not see {name_list(unused)} used as plain linears; they stay in float"
+    parameters = [*model.get_submodule(blocks).named_parameters(blocks)]
+    fused = {name: parameter.numel() for name, parameter in parameters if parameter.ndim > 2}
+    if fused:
+        yield f"leaves {sum(fused.values()):,} weights in float that are in no linear ({name_list(fused, 2)})"
+
+
+def _merge(kinds: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Make one list of groups that is right for every kind of block: names share a group where no kind shows otherwise."""
+    merged: list[tuple[str, ...]] = []
+    for group in (group for kind in kinds for group in kind):
+        covered = {name for known in merged for name in known}
+        merged.append(tuple(name for name in group if name not in covered))
+    for kind in kinds:
+        number = {name: index for index, group in enumerate(kind) for name in reversed(group)}
+        split = [{number.get(name): None for name in group} for group in merged]
+        merged = [
+            tuple(name for name in group if number.get(name) == wanted)
+            for group, inputs in zip(merged, split, strict=True)
+            for wanted in inputs
+        ]
+    return merged
+
+
+def _any_expert(name: str) -> str:
+    """Put `*` for the number of an expert: mlp.experts.3.up_proj -> mlp.experts.*.up_proj."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name)
+
+
+def _is_router(name: str, present: Sequence[str]) -> bool:
+    """Whether a linear stands right beside experts, itself or in a module of its own: what routes to them or weighs a
+    shared one.
+    """
+    if ".experts." in f".{name}":
+        return False
+    parent = name.rpartition(".")[0]
+    alone = sum(other.startswith(f"{parent}.") for other in present) == 1
+    homes = (parent, parent.rpartition(".")[0]) if alone and parent else (parent,)
+    return any(other.startswith(f"{home}.experts.".lstrip(".")) for other in present for home in homes)
 
 
 def order_of_use(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -81,28 +198,22 @@ def inputs_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> dict
     """
     inputs: list[tuple[Tensor, int]] = []
     numbers: dict[str, int] = {}
+    linears = {name: linear for name, linear in module.named_modules() if is_linear(linear)}
 
-    def watch(name: str) -> Callable[..., None]:
-        def note(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0]
-            if not _is_product(linear, x, output):
+    def note(name: str, args: tuple[Any, ...], output: Any) -> None:
+        x = args[0]
+        if not _is_product(linears[name], x, output):
+            return
+        for number, (known, version) in enumerate(inputs):
+            same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
+            if same and known.shape[-1] == x.shape[-1]:
+                numbers.setdefault(name, number)
                 return
-            for number, (known, version) in enumerate(inputs):
-                same = known.data_ptr() == x.data_ptr() and known.numel() == x.numel() and version == x._version
-                if same and known.shape[-1] == x.shape[-1]:
-                    numbers.setdefault(name, number)
-                    return
-            inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
-            numbers.setdefault(name, len(inputs) - 1)
+        inputs.append((x, x._version))  # holding x keeps its memory from being reused under another input
+        numbers.setdefault(name, len(inputs) - 1)
 
-        return note
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in module.named_modules() if is_linear(m)]
-    try:
+    with watching(linears, note, after=True):
         module(hidden, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return numbers
 
 

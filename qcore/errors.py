@@ -46,6 +46,12 @@ class RunError(QcoreError):
     """A quantization run that cannot start, resume or go on."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind when it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def name_list(names: Iterable[str], limit: int = 8) -> str:
     """Join names for a message, cutting long lists short.
 

@@ -7,7 +7,7 @@ written consumes one, and so any readable checkpoint converts to any format that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -100,3 +100,14 @@ class Exporter(ABC):
         Raises CheckpointError when files and config contradict each other.
         """
         raise NotImplementedError(f"format {self.name!r} cannot be read")
+
+
+def refusals(
+    exporter: Exporter, layers: Mapping[str, LayerSpec], config: Mapping[str, Any]
+) -> Iterator[tuple[LayerSpec | None, str]]:
+    """Yield each linear that a format cannot hold and why, then None and why it cannot hold such a model of them all."""
+    for layer in layers.values():
+        if reason := exporter.why_not(layer):
+            yield layer, reason
+    if reason := exporter.why_not_model(config) or exporter.why_not_together(list(layers.values())):
+        yield None, reason

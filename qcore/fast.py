@@ -22,17 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Backend
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .plugins import Plugins, installed
 from .tape import Unfit, record
 
 log = logging.getLogger(__name__)
 
 BUCKET = 128  # the cache's length is rounded up to it, so that calls of about the same length share a step
-LARGE, FEW = (
-    2**20,
-    8,
-)  # elements of a float weight, and tokens, from and up to which backends may multiply in torch's place
+LARGE = 2**20  # elements of a float weight from which backends may multiply in torch's place,
+FEW = 8  # and tokens up to which
 LAG = 2  # steps the host runs ahead of the news that all sequences have ended
 WARM_UP = 3  # calls of a step before it is captured: compilation, then libraries that choose on first use
 
@@ -202,7 +200,7 @@ def _compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     try:
         fast()
     except Exception as error:  # whatever the compilers raise
-        _tell(f"torch.compile failed on the model's step, which runs uncompiled ({str(error).strip().splitlines()[0]})")
+        _tell(f"torch.compile failed on the model's step, which runs uncompiled ({first_line(error)})")
         return run
     return fast
 

@@ -70,22 +70,22 @@ def minmax_grid(
     return scale, torch.round(-low / scale).clamp(1, maxq)
 
 
+#: what `search_grid` tries: ranges from LOW to HIGH times the full one, then the best one's neighbours so many times
+POINTS, LOW, HIGH, REFINE = 6, 0.5, 1.1, 2
+
+
 def search_grid(
     w: Tensor,
     bits: int,
     sym: bool,
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
-    points: int = 6,
-    low: float = 0.5,
-    high: float = 1.1,
-    refine: int = 2,
     check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return (scale, zero), float32 [rows], of the least sum(importance * (w - grid(w))**2) over each group.
 
-    w: [rows, g]. importance: [g], None for all ones. Tried are `points` ranges from `low` to `high` times the full one,
-    then `refine` times the two beside the best at half the distance, then the line that fits the codes found. A
+    w: [rows, g]. importance: [g], None for all ones. Tried are POINTS ranges from LOW to HIGH times the full one,
+    then REFINE times the two beside the best at half the distance, then the line that fits the codes found. A
     range only proposes codes: with the codes held, the scale they are judged with is the best one, in closed form. What
     comes out is never worse than the covering grid of `minmax_grid`.
 
@@ -123,13 +123,13 @@ def search_grid(
         gain, scale = torch.where(better, found, gain), torch.where(better, product / square, scale)
         ratio, zero = torch.where(better, r, ratio), torch.where(better, z, zero)
 
-    step = (high - low) / max(points - 1, 1)
+    step = (HIGH - LOW) / (POINTS - 1)
     few_levels = bits <= 3  # where zero falls, and which side has one level more, weighs: all are tried
-    for i in range(points):
+    for i in range(POINTS):
         for sign in (1, -1) if sym and few_levels else (1,):
             for shift in (0, -1, 1) if not sym and few_levels else (0,):
-                offer(sign * (low + i * step), (middle + shift).clamp(1, maxq) if shift else middle)
-    for _ in range(refine):
+                offer(sign * (LOW + i * step), (middle + shift).clamp(1, maxq) if shift else middle)
+    for _ in range(REFINE):
         step /= 2
         around, at = ratio, zero
         offer(around - step, at)

@@ -25,6 +25,9 @@ from .plan import Job
 from .ranks import Ranks
 from .weight import QuantizedWeight
 
+#: what a block comes to: the weights of its linears by name, and a record of each
+Result = tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]
+
 
 class Journal:
     """The record of a run beside its output: what was asked for, the calibration tokens, each finished block.
@@ -140,13 +143,11 @@ class Journal:
         note = {"qcore": json.dumps({"configs": configs, "records": records})}
         write_atomic(self._block(index), lambda draft: save_file(tensors, draft, note))
 
-    def read_block(self, index: int) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+    def read_block(self, index: int) -> Result | None:
         """Return a finished block, or None."""
         return self.ranks.first(lambda: self.read_own(index))
 
-    def read_own(
-        self, index: int, only: str | None = None
-    ) -> tuple[dict[str, QuantizedWeight], list[dict[str, Any]]] | None:
+    def read_own(self, index: int, only: str | None = None) -> Result | None:
         """As `read_block`, for the first process alone. only: one of the block's linears, the others left out."""
         path = self._block(index)
         if not path.is_file():
@@ -274,9 +275,5 @@ def provenance(description: Mapping[str, Any], records: Sequence[Mapping[str, An
     from . import __version__
 
     versions = {"qcore": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**versions, **description, "layers": without_times(records)}
-
-
-def without_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records as they go into an output folder: equal runs must write equal bytes."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    layers = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return {**versions, **description, "layers": layers}

@@ -35,15 +35,7 @@ class QuantLinear(nn.Module):
         self.config: QuantConfig = weight.config
         self.weight_source = weight_source
         self.bias = None if weight.bias is None else nn.Parameter(weight.bias.to(device, dtype), requires_grad=False)
-        self.spec = MatmulSpec(
-            weight.config,
-            weight.in_features,
-            weight.out_features,
-            weight.act_order,
-            dtype,
-            torch.device(device),
-            tokens,
-        )
+        self.spec = MatmulSpec.of(weight, dtype, torch.device(device), tokens)
         self.backend = choose(backends, self.spec, wanted)
         buffers = self.backend.prepare(weight, self.spec)
         self._names = tuple(buffers)
@@ -82,7 +74,7 @@ def quant_linears(
     if whole is None:
         pairs = zip(weights, sources, strict=True)
         return [QuantLinear(weight, backends, device, dtype, source, wanted, tokens) for weight, source in pairs]
-    spec = MatmulSpec(whole.config, whole.in_features, whole.out_features, whole.act_order, dtype, device, tokens)
+    spec = MatmulSpec.of(whole, dtype, device, tokens)
     backend = choose(backends, spec, wanted)
     product = _SharedProduct(backend, spec, [weight.out_features for weight in weights])
     buffers = backend.prepare(whole, spec)

@@ -27,7 +27,7 @@ MEMO_BYTES = 3 * 10**9 // 2
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}}  # fmt: skip
 
 
-def parse_bytes(value: int | str | None, name: str = "max_memory") -> int | None:
+def parse_bytes(value: int | str | None) -> int | None:
     """Return a number of bytes given as such or as text: "4GiB", "500 MB".
 
     >>> parse_bytes("4GiB")
@@ -37,10 +37,10 @@ def parse_bytes(value: int | str | None, name: str = "max_memory") -> int | None
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
     if isinstance(value, bool) or found is None or found[2] not in _UNITS:
-        raise ConfigError(f'{name}={value!r}: expected bytes, or a size such as "4GiB" or "500MB".')
+        raise ConfigError(f'max_memory={value!r}: expected bytes, or a size such as "4GiB" or "500MB".')
     size = int(float(found[1]) * _UNITS[found[2]])
     if size < 2**20:
-        raise ConfigError(f"{name}={value!r} is {size} bytes; nothing can be quantized in less than 1 MiB.")
+        raise ConfigError(f"max_memory={value!r} is {size} bytes; nothing can be quantized in less than 1 MiB.")
     return size
 
 

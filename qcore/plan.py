@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapter import ModelAdapter, find_block_list
+from .adapter import ModelAdapter
 from .algorithm import Algorithm
 from .calibration import Calibration
 from .checkpoint import ModelFolder
 from .config import Override, QuantConfig, resolve
-from .discovery import find_adapter
+from .discovery import find_adapter, find_block_list
 from .errors import ConfigError, ModelError
-from .exporter import Exporter, LayerSpec
+from .exporter import Exporter, LayerSpec, refusals
 from .linear import QuantLinear
-from .memory import Room, plan_room
-from .model import Weights, compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
+from .memory import plan_room
+from .model import compute_dtype, model_dtype, refuse_encoder_decoder, stored_dtype
 from .plugins import Plugins
 from .ranks import Ranks
+from .streaming import Weights
 
 
-@dataclass
+def nobody(hook: str, **facts: Any) -> None:
+    """In the place of the plugins on processes other than the first: one run has one course of events."""
+
+
 class Job:
-    """Everything a run needs, checked: made by `make_job`, used by `quantize_blocks`."""
+    """Everything a run needs, checked: what happens to each linear of a model, on which device, with how much memory.
 
-    model: nn.Module
-    weights: Weights
-    adapter: ModelAdapter
-    algorithm: Algorithm
-    config: QuantConfig
-    linears: dict[str, QuantConfig | None]  # by full name, in model order; None stays in float
-    device: torch.device
-    dtype: torch.dtype  # of the computation
-    seed: int
-    room: Room
-    calibration: Calibration | None
-    label: str  # the model, as the user called it
-    blocks: list[tuple[str, nn.Module]] = field(default_factory=list)
-    ranks: Ranks = field(default_factory=Ranks)
-    batch_size_alone: int = 0  # sequences per forward pass if it were one process: a journal is any number's
+    tokens: how many the calibration will have, which is set afterwards. limit: bytes of the device's memory to use, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        folder: ModelFolder | None,
+        label: str,
+        algorithm: Algorithm,
+        config: QuantConfig,
+        plugins: Plugins,
+        *,
+        overrides: Sequence[Override | str | Mapping[str, Any]],
+        tokens: int,
+        seqlen: int,
+        batch_size: int | None,
+        limit: int | None,
+        seed: int,
+        device: torch.device,
+        adapter: str | ModelAdapter | None,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.weights, self.label = model, weights, label  # label: the model, as the user called it
+        if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Iterable):
+            raise ConfigError(f"overrides={overrides!r}: expected a list of them.")
+        self.algorithm, self.config, self.seed, self.device, self.ranks = algorithm, config, seed, device, ranks
+        self.calibration: Calibration | None = None
+        self.adapter = find_adapter(model, weights, plugins, device, adapter)
+        self.blocks = self.adapter.find_blocks(model)
+        #: by full name, in model order; None stays in float
+        self.linears = plan_linears(model, self.adapter, config, overrides)
+        self.dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(model), device)  # of the computation
+        kept, widths = tokens * (1 + algorithm.float_stream), _widths(model, self.linears)
+        room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, self.dtype.itemsize))
+        algorithm.processes = 1
+        #: sequences per forward pass if it were one process: a journal is any number's
+        self.batch_size_alone = batch_size or algorithm.batch_size or room.batch_size
+        algorithm.processes = 1 if ranks.deterministic else ranks.size
+        self.room = replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size)
+        #: tells plugins of the run, by a hook's name and facts
+        self.tell: Callable[..., object] = plugins.call if ranks.rank == 0 else nobody
 
     @property
     def batch_size(self) -> int:
@@ -51,12 +82,7 @@ class Job:
 
     def specs(self) -> dict[str, LayerSpec]:
         """What a format is asked about before any work is done."""
-        specs = {}
-        for name, config in self.linears.items():
-            if config is not None:
-                out, columns = shape_of(self.model.get_submodule(name))
-                specs[name] = LayerSpec(name, config, columns, out)
-        return specs
+        return specs_of(self.model, self.linears)
 
     def describe(self) -> dict[str, Any]:
         """The settled facts of the run, as they stand in reports and in the output's provenance."""
@@ -75,58 +101,6 @@ class Job:
         }
 
 
-def make_job(
-    network: nn.Module,
-    weights: Weights,
-    folder: ModelFolder | None,
-    label: str,
-    algorithm: Algorithm,
-    config: QuantConfig,
-    plugins: Plugins,
-    *,
-    overrides: Sequence[Override | str | Mapping[str, Any]],
-    tokens: int,
-    seqlen: int,
-    batch_size: int | None,
-    limit: int | None,
-    seed: int,
-    device: torch.device,
-    adapter: str | ModelAdapter | None,
-    ranks: Ranks,
-) -> Job:
-    """Settle what a run does with each linear of a model, the calibration apart: `tokens` is how many it has.
-
-    limit: bytes of the device's memory to use, or None.
-    """
-    if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Iterable):
-        raise ConfigError(f"overrides={overrides!r}: expected a list of them.")
-    chosen = find_adapter(network, weights, plugins, device, adapter)
-    linears = plan_linears(network, chosen, config, [Override.of(each) for each in overrides])
-    dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(network), device)
-    kept, widths = tokens * (1 + algorithm.float_stream), _widths(network, linears)
-    room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, dtype.itemsize))
-    algorithm.processes = 1
-    alone = batch_size or algorithm.batch_size or room.batch_size
-    algorithm.processes = 1 if ranks.deterministic else ranks.size
-    return Job(
-        model=network,
-        weights=weights,
-        adapter=chosen,
-        algorithm=algorithm,
-        config=config,
-        linears=linears,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        room=replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size),
-        calibration=None,
-        label=label,
-        blocks=chosen.find_blocks(network),
-        ranks=ranks,
-        batch_size_alone=alone,
-    )
-
-
 def _widths(model: nn.Module, linears: Iterable[str]) -> tuple[int, int]:
     """The width of hidden states and that of the widest linear's output."""
     widest = max((shape_of(model.get_submodule(name))[0] for name in linears), default=0)
@@ -142,8 +116,23 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
+def specs_of(
+    model: nn.Module, linears: Mapping[str, QuantConfig | None], act_order: bool = False
+) -> dict[str, LayerSpec]:
+    """Return the specs of the linears that a plan quantizes."""
+    specs = {}
+    for name, config in linears.items():
+        if config is not None:
+            out, columns = shape_of(model.get_submodule(name))
+            specs[name] = LayerSpec(name, config, columns, out, act_order)
+    return specs
+
+
 def plan_linears(
-    model: nn.Module, adapter: ModelAdapter, config: QuantConfig, overrides: Sequence[Override]
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: QuantConfig,
+    overrides: Sequence[Override | str | Mapping[str, Any]],
 ) -> dict[str, QuantConfig | None]:
     """Give each linear of each block its config, in order of use."""
     names = [
@@ -152,7 +141,7 @@ def plan_linears(
         for group in adapter.groups_in(block)
         for short in group
     ]
-    return resolve(names, config, overrides)
+    return resolve(names, config, [Override.of(each) for each in overrides])
 
 
 def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
@@ -172,15 +161,12 @@ def check_format(job: Job, exporter: Exporter) -> None:
     """Refuse, before any work, what the wanted format cannot hold."""
     if not job.specs():
         raise ConfigError("overrides keep every linear in float: there is nothing to quantize.")
-    for spec in job.specs().values():
-        reason = exporter.why_not(spec)
-        if reason:
-            raise ConfigError(
-                f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
-                f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
-            )
     config = getattr(job.model, "config", None)
-    described = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    reason = exporter.why_not_model(described) or exporter.why_not_together(list(job.specs().values()))
-    if reason:
-        raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
+    described = config.to_dict() if hasattr(config, "to_dict") else {}  # type: ignore[union-attr]
+    for spec, reason in refusals(exporter, job.specs(), described):
+        if spec is None:
+            raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
+        raise ConfigError(
+            f"format {exporter.name!r} cannot hold {spec.name} ({spec.out_features}x{spec.in_features}, "
+            f"{spec.config}): {reason}. Change it with an override (or skip it), or choose another format."
+        )

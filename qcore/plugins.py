@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,26 +35,16 @@ KINDS = MappingProxyType(
 )
 
 
-def _expected_type(kind: str) -> tuple[type, bool]:
-    """Return the class an offer of this kind must be, and whether the class itself (not an instance) is offered."""
-    from .adapter import ModelAdapter
-    from .algorithm import Algorithm
-    from .backend import Backend
-    from .calibration import CalibrationDataset
-    from .evaluation import EvalTask
-    from .exporter import Exporter
-    from .target import Target
-
-    kinds: dict[str, tuple[type, bool]] = {
-        "algorithm": (Algorithm, True),
-        "model": (ModelAdapter, False),
-        "backend": (Backend, False),
-        "format": (Exporter, False),
-        "dataset": (CalibrationDataset, False),
-        "task": (EvalTask, False),
-        "target": (Target, False),
-    }
-    return kinds[kind]
+#: kind -> the public class that what is offered is an instance of, or, of algorithms, a subclass
+_CLASSES = {
+    "algorithm": "Algorithm",
+    "model": "ModelAdapter",
+    "backend": "Backend",
+    "format": "Exporter",
+    "dataset": "CalibrationDataset",
+    "task": "EvalTask",
+    "target": "Target",
+}
 
 
 @dataclass
@@ -209,8 +200,7 @@ class Plugins:
         return claims[0][1]
 
     def _absent(self) -> str:
-        absent = [f"\n  {p.status}: {p.label} ({p.reason})" for p in self.all if p.status != "loaded"]
-        return "".join(absent)
+        return "".join(f"\n  {p.status}: {p.label} ({p.reason})" for p in self.all if p.status != "loaded")
 
     def table(self) -> list[dict[str, str]]:
         """One row per offer, or per plugin that offers nothing: kind, name, plugin, distribution, version, status, reason."""
@@ -219,14 +209,11 @@ class Plugins:
             source = {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
             state = {"status": plugin.status, "reason": plugin.reason}
             for kind, name, offer in plugin.offers or [("", "", None)]:
-                clash = len(self.offers(kind).get(name, ())) > 1
-                note = {"status": "clash", "reason": "offered by more than one plugin"} if clash else state
                 shared = [each for each in getattr(offer, "model_types", ()) if len(self._claims(each)) > 1]
-                if shared and not clash:
-                    note = {
-                        "status": "clash",
-                        "reason": f"model type {name_list(shared)} is claimed by more than one plugin",
-                    }
+                clash = f"model type {name_list(shared)} is claimed by more than one plugin" if shared else ""
+                if len(self.offers(kind).get(name, ())) > 1:
+                    clash = "offered by more than one plugin"
+                note = {"status": "clash", "reason": clash} if clash else state
                 rows.append({"kind": kind, "name": name, **source, **note})
         return sorted(rows, key=lambda row: (row["kind"], row["name"], row["distribution"], row["plugin"]))
 
@@ -234,7 +221,7 @@ class Plugins:
 def _ask(caller: Any, module: Any) -> list[tuple[str, str, Any]]:
     """Call one plugin's implementation of an offering hook and check what it returns."""
     kind = KINDS[caller.name]
-    expected, as_class = _expected_type(kind)
+    expected, as_class = pkgutil.resolve_name(f"qcore:{_CLASSES[kind]}"), kind == "algorithm"
     offers = []
     for implementation in caller.get_hookimpls():
         if implementation.plugin is not module:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .algorithm import Total
-from .errors import BackendError, ConfigError, QcoreError, RunError
+from .errors import BackendError, ConfigError, QcoreError, RunError, first_line
 
 T = TypeVar("T")
 TotalT = TypeVar("TotalT", bound=Total)
@@ -59,9 +60,8 @@ class Ranks:
         """Add up each tensor over the processes, in place: all end with the same."""
         if self.size > 1:
             with self._talking():
-                for tensor in sorted(
-                    tensors, key=lambda tensor: tensor.is_cuda
-                ):  # hosts notice at once that one is gone
+                # those of hosts first, which notice at once that one is gone
+                for tensor in sorted(tensors, key=lambda tensor: tensor.is_cuda):
                     with self._there(tensor) as there:
                         dist.all_reduce(there)
 
@@ -134,7 +134,7 @@ def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
     """Undo `_packed`, into the tensors."""
     start = 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.element_size()):
-        stop = start + tensor.numel() * tensor.element_size()
+        stop = start + tensor.nbytes
         tensor.copy_(packed[start:stop].view(tensor.dtype).view(tensor.shape))
         start = stop
 
@@ -186,7 +186,8 @@ class Sums(Generic[TotalT]):
                 self.ranks.send(total.tensors(), rank)
                 nodes.append((first, count, total))
                 _merge(nodes)
-        return _fold(nodes) if nodes else self.make()
+        # a tree of batches that are no power of two leaves several: they are added up from the left
+        return reduce(_add, (total for _, _, total in nodes)) if nodes else self.make()
 
 
 def _merge(nodes: list[tuple[int, int, TotalT]]) -> None:
@@ -195,14 +196,6 @@ def _merge(nodes: list[tuple[int, int, TotalT]]) -> None:
         _, count, right = nodes.pop()
         first, _, left = nodes.pop()
         nodes.append((first, 2 * count, _add(left, right)))
-
-
-def _fold(nodes: list[tuple[int, int, TotalT]]) -> TotalT:
-    """Add up what is left of a tree whose batches are no power of two, from the left."""
-    total = nodes[0][2]
-    for _, _, other in nodes[1:]:
-        total = _add(total, other)
-    return total
 
 
 def _add(left: TotalT, right: TotalT) -> TotalT:
@@ -267,7 +260,7 @@ def connect(device: str) -> Iterator[None]:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes cannot find each other: {str(error).splitlines()[0]}.") from error
+        raise RunError(f"the processes cannot find each other: {first_line(error)}.") from error
     _OWN_STORE.append(store)
     try:
         yield

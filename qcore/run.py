@@ -25,14 +25,13 @@ from . import blocks as walk
 from .calibration import Calibration
 from .capture import Captured, Stream, capture_inputs
 from .checkpoint import ModelFolder
-from .errors import CheckpointError, ConfigError, ModelError, RunError, name_list
+from .errors import CheckpointError, ConfigError, ModelError, RunError, first_line, name_list
 from .exporter import Content, Exporter, LayerSpec
 from .files import complete_folder
-from .journal import Journal, fingerprint, provenance, renamed
+from .journal import Journal, Result, fingerprint, provenance, renamed
 from .memory import is_out_of_memory, keeper, limited
-from .model import FolderWeights, Names
 from .plan import Job
-from .plugins import Plugins
+from .streaming import FolderWeights, Names
 from .weight import QuantizedWeight
 
 T = TypeVar("T")
@@ -54,11 +53,8 @@ class _Inputs:
             self.float_inputs = Stream([copy(hidden.clone()) for hidden in self.captured.stream.hidden])
 
     def _capture(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
-        job, adapter = self.job, self.job.adapter
-        modules = [module for _, module in job.blocks]
-        return capture_inputs(
-            job.model, job.weights, adapter.blocks, adapter.before_blocks, modules, self.batches, job.device, job.dtype, keep
-        )  # fmt: skip
+        job = self.job
+        return capture_inputs(job.model, job.weights, job.adapter, self.batches, job.device, job.dtype, keep)
 
     @property
     def size(self) -> int:
@@ -129,8 +125,7 @@ class _Work:
         for index in self.indices:
             self.job.weights.let_go(self.job.blocks[index][0])
             self.job.weights.bring(self.job.blocks[index][0], self.job.device, self.job.dtype)
-        captured, float_inputs = (self.inputs.captured, self.inputs.float_inputs) if self.inputs else (None, None)
-        return _block_at(self.job, self.indices, captured, float_inputs, self.inputs.count if self.inputs else 0)
+        return _block_at(self.job, self.indices, self.inputs)
 
     def attempt(self, step: Callable[[walk.Block], T]) -> T:
         """Return step(block), begun again with smaller batches when memory runs out."""
@@ -140,7 +135,7 @@ class _Work:
             except (RuntimeError, MemoryError) as error:
                 if self.inputs is None or not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
             del self.block  # and, with the error, all that it held
             gc.collect()  # or what holds itself stays until the next block
             self.inputs.shrink(reason)
@@ -150,14 +145,16 @@ class _Work:
 
 
 def quantize_blocks(
-    job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
+    job: Job, journal: Journal | None = None, resumed_at: int = 0
 ) -> Iterator[tuple[int, dict[str, QuantizedWeight], list[dict[str, Any]]]]:
     """Walk the blocks; yield (index, quantized weights, records) for each, resumed ones included.
 
-    Without a journal the weights are on the CPU. `finished` is told of every newly quantized block.
+    Without a journal the weights are on the CPU. Plugins are told of the start and of every newly quantized block.
     """
+    counts = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": resumed_at}
+    job.tell("qcore_run_started", plan={**counts, **job.describe()})
     at_once, heap = job.algorithm.blocks_at_once, 0
-    with limited(job.device, job.room.limit), _Behind(job, journal, finished) as behind:
+    with limited(job.device, job.room.limit), _Behind(job, journal) as behind:
         inputs = _Inputs(job, job.calibration) if job.calibration is not None else None
         for first in range(0, len(job.blocks), at_once):
             indices = list(range(first, min(first + at_once, len(job.blocks))))
@@ -205,10 +202,8 @@ class _Behind:
     run, what was taken is written first.
     """
 
-    def __init__(
-        self, job: Job, journal: Journal | None, finished: Callable[[int, list[dict[str, Any]]], None]
-    ) -> None:
-        self.journal, self.finished = journal, finished
+    def __init__(self, job: Job, journal: Journal | None) -> None:
+        self.journal, self.tell = journal, job.tell
         self.ahead = _lead(job)
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
@@ -258,7 +253,9 @@ class _Behind:
         while self.queue and (len(self.queue) > ahead or self.queue[0].done()):
             index, results, records, is_new = self.queue.popleft().result()
             if is_new:
-                self.finished(index, records)
+                self.tell(
+                    "qcore_block_finished", index=index, records=[dict(each) for each in records]
+                )  # theirs to change
             yield index, results, records
 
 
@@ -285,10 +282,9 @@ def share_of(job: Job, count: int) -> range:
     return job.ranks.share(count)
 
 
-def _block_at(
-    job: Job, indices: Sequence[int], captured: Captured | None, float_inputs: Stream | None, count: int
-) -> walk.Block:
+def _block_at(job: Job, indices: Sequence[int], inputs: _Inputs | None) -> walk.Block:
     """Set up the block that an algorithm sees: one of the model's, or several that run as one."""
+    captured, float_inputs, count = (inputs.captured, inputs.float_inputs, inputs.count) if inputs else (None, None, 0)
     name, module = job.blocks[indices[0]]
     stages = job.adapter.stages_in(module)
     kwargs = captured.kwargs[indices[0]] if captured else []
@@ -303,7 +299,7 @@ def _block_at(
         batches = range(len(kwargs))
         kwargs = [{key: captured.kwargs[i][n] for key, i in children.items()} for n in batches] if captured else []
     dtype_of = job.weights.dtype_of
-    return walk.make_block(
+    return walk.Block(
         indices[0], name, module, stages, job.linears, dtype_of, captured, kwargs, float_inputs, job.device, job.seed,
         job.room.memo_bytes, job.ranks, count,
     )  # fmt: skip
@@ -324,9 +320,7 @@ def _trim_heap(ceiling: int) -> int:
     return ceiling or pages
 
 
-def _quantize(
-    job: Job, block: walk.Block, indices: Sequence[int]
-) -> list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]]:
+def _quantize(job: Job, block: walk.Block, indices: Sequence[int]) -> list[Result]:
     """Let the algorithm work on a block and check that it did all of it, in the form promised.
 
     Returns weights and records of each of the model's blocks that it stands for.
@@ -353,7 +347,7 @@ def _quantize(
             f"{block.name}; look at {name_list(missing)}."
         )
     results = block.agree(results)
-    done: list[tuple[dict[str, QuantizedWeight], list[dict[str, Any]]]] = []
+    done: list[Result] = []
     for index in indices:
         prefix, records = f"{job.blocks[index][0]}.", []
         for name in [name for name in block.linears if name.startswith(prefix)]:
@@ -369,22 +363,16 @@ def _quantize(
     return done
 
 
-def quantize_to_folder(
-    job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter, plugins: Plugins
-) -> dict[str, Any]:
+def quantize_to_folder(job: Job, folder: ModelFolder, journal: Journal, exporter: Exporter) -> dict[str, Any]:
     """Quantize from folder to folder, one block in memory at a time; return the report.
 
     Raises RunError, CheckpointError and ModelError; whatever happens, the output is complete or absent and finished
     blocks are kept.
     """
-    assert isinstance(job.weights, FolderWeights)
-    done = journal.begin(fingerprint(job, folder))
-    started = {"blocks": len(job.blocks), "linears": len(job.linears), "resumed_at": done, **job.describe()}
-    tell = plugins.call if job.ranks.rank == 0 else nobody
-    tell("qcore_run_started", plan=started)
+    resumed_at = journal.begin(fingerprint(job, folder))
     records: list[dict[str, Any]] = []
     location: dict[str, int] = {}
-    for index, results, found in quantize_blocks(job, journal, announce(tell)):
+    for index, results, found in quantize_blocks(job, journal, resumed_at):
         records += found
         location.update(dict.fromkeys(results, index))
         del results
@@ -397,19 +385,8 @@ def quantize_to_folder(
 
     job.ranks.first(write)
     report = {**job.describe(), "format": exporter.name, "layers": records, "output": str(journal.output)}
-    tell("qcore_run_finished", report=report)
+    job.tell("qcore_run_finished", report=report)
     return report
-
-
-def nobody(hook: str, **facts: Any) -> None:
-    """In the place of the plugins on processes other than the first: one run has one course of events."""
-
-
-def announce(tell: Callable[..., Any]) -> Callable[[int, list[dict[str, Any]]], None]:
-    def finished(index: int, records: list[dict[str, Any]]) -> None:
-        tell("qcore_block_finished", index=index, records=[dict(record) for record in records])  # theirs to change
-
-    return finished
 
 
 def journal_content(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint import ModelFolder, ShardWriter, bytes_of
 from .errors import CheckpointError, ConfigError, QcoreError, name_list
-from .exporter import Content, Exporter, LayerSpec
+from .exporter import Content, Exporter, LayerSpec, refusals
 from .files import disk_errors, read_json, write_json
 from .packing import recycling
 from .weight import QuantizedWeight
@@ -216,14 +216,9 @@ def _same_bytes(given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> tupl
 
 def refuse(exporter: Exporter, content: Content) -> None:
     """Raise CheckpointError when a format cannot hold the linears of a model, going by their specs."""
-    for layer in content.layers.values():
-        reason = exporter.why_not(layer)
-        if reason:
-            raise CheckpointError(f"format {exporter.name!r} cannot hold {layer.name}: {reason}.")
-    layers = list(content.layers.values())
-    reason = exporter.why_not_model(content.config) or exporter.why_not_together(layers)
-    if reason:
-        raise CheckpointError(f"format {exporter.name!r} cannot hold this model: {reason}.")
+    for layer, reason in refusals(exporter, content.layers, content.config):
+        what = layer.name if layer else "this model"
+        raise CheckpointError(f"format {exporter.name!r} cannot hold {what}: {reason}.")
 
 
 def compare_names(content: Content, again: Content, folder: Path) -> None:
@@ -265,12 +260,16 @@ def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
     return changed
 
 
+class InexactError(CheckpointError):
+    """A format cannot hold the values of a weight."""
+
+
 def exact_weight(exporter: Exporter, content: Content, name: str) -> QuantizedWeight:
-    """Return a linear's weight; raise CheckpointError when a format cannot hold its values."""
+    """Return a linear's weight; raise InexactError when a format cannot hold its values."""
     weight = content.weight(name)
     reason = exporter.why_not_exact(weight)
     if reason:
-        raise CheckpointError(f"format {exporter.name!r} cannot hold {name}: {reason}.")
+        raise InexactError(f"format {exporter.name!r} cannot hold {name}: {reason}.")
     return weight
 
 

@@ -13,7 +13,8 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,8 +36,8 @@ from .experts import unfuse
 from .exporter import Exporter
 from .files import complete_folder
 from .linear import QuantLinear, weight_of
-from .model import ModuleWeights
 from .plugins import KINDS, Plugins, installed
+from .streaming import ModuleWeights
 from .target import Finding, Level, Subject, Target
 from .weight import QuantizedWeight
 
@@ -225,12 +226,8 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module) -> None:
     Raises AssertionError (or ModelError when the declared blocks or linears are not there).
     """
     found = adapter.find_blocks(unfuse(model))
-    modules = [module for _, module in found]
-    device, dtype = torch.device("cpu"), torch.float32
     ids = torch.arange(8).reshape(1, 8) % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    captured = capture_inputs(
-        model, ModuleWeights(model), adapter.blocks, adapter.before_blocks, modules, [(ids, None)], device, dtype
-    )
+    captured = capture_inputs(model, ModuleWeights(model), adapter, [(ids, None)], torch.device("cpu"), torch.float32)
     for index, (name, block) in enumerate(found):
         with discovery.all_experts(block):
             numbers = discovery.inputs_of(block, captured.stream.hidden[0], captured.kwargs[index][0])
@@ -286,16 +283,14 @@ def check_backend(
                 for out, columns in ((64, 128), (40, 96)):
                     spec = MatmulSpec(config, columns, out, act_order, dtype, torch.device(device))
                     if backend.why_not(spec) is None:
-                        _check_matmul(backend, spec, tolerance)
-                        if spec.dtype not in compiled:
-                            _check_compiles(backend, spec, tolerance)
-                            compiled.add(spec.dtype)
+                        _check_matmul(backend, spec, tolerance, compiles=spec.dtype not in compiled)
+                        compiled.add(spec.dtype)
                         served += 1
     assert served, f"{backend.name} served none of the layers tried"
     return served
 
 
-def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
+def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float, compiles: bool) -> None:
     weight = random_weight(spec.out_features, spec.in_features, spec.config, spec.act_order)
     buffers = backend.prepare(weight, spec)
     W = weight.to(spec.device).dequantize(torch.float64)
@@ -310,17 +305,11 @@ def _check_matmul(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
         grad = torch.randn_like(y)
         (found,) = torch.autograd.grad(y, x, grad)
         _assert_close(f"{backend.name}: gradient {spec}", found, grad.double() @ W, limit)
-
-
-def _check_compiles(backend: Backend, spec: MatmulSpec, tolerance: float) -> None:
-    weight = random_weight(spec.out_features, spec.in_features, spec.config, spec.act_order)
-    buffers = backend.prepare(weight, spec)
-    W = weight.to(spec.device).dequantize(torch.float64)
-    limit = tolerance if spec.dtype == torch.float32 else 8 * torch.finfo(spec.dtype).eps
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: backend.matmul(x, buffers, spec) + 1, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, spec.in_features, dtype=spec.dtype, device=spec.device)
-    _assert_close(f"{backend.name}: compiled {spec}", compiled(x), x.double() @ W.t() + 1, limit)
+    if compiles:
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: backend.matmul(x, buffers, spec) + 1, fullgraph=True, backend="aot_eager")
+        x = torch.randn(3, spec.in_features, dtype=spec.dtype, device=spec.device)
+        _assert_close(f"{backend.name}: compiled {spec}", compiled(x), x.double() @ W.t() + 1, limit)
 
 
 def _assert_close(what: str, found: Tensor, expected: Tensor, limit: float) -> None:
@@ -379,17 +368,9 @@ def _quantized_tiny(config: QuantConfig, act_order: bool) -> nn.Module:
         out, columns = weight_of(linear).shape
         weight = random_weight(out, columns, config, act_order, linear.bias is not None, number)
         parent, _, child = f"blocks.{name}".rpartition(".")
-        module = QuantLinear(weight, backends, torch.device("cpu"), torch.float32, _Held(weight))
+        module = QuantLinear(weight, backends, torch.device("cpu"), torch.float32, partial(replace, weight))
         setattr(model.get_submodule(parent), child, module)
     return model
-
-
-@dataclass(frozen=True)
-class _Held:
-    weight: QuantizedWeight
-
-    def __call__(self) -> QuantizedWeight:
-        return self.weight
 
 
 def check_dataset(dataset: CalibrationDataset, samples: int = 4, seqlen: int = 16) -> None:

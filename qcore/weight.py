@@ -159,12 +159,14 @@ class QuantizedWeight:
                 return name
         return None
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return a compact exact form (codes packed along the input) for journals, on the host; raises like the constructor."""
-        if self.codes.device.type != "cpu":
+    def to_tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Return a compact exact form (codes packed along the input), for journals on the host; there it raises like the
+        constructor.
+        """
+        if self.codes.device.type != "cpu" and torch.device(device).type == "cpu":
             self._check_values(self.scales.shape[1])
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
-        return {name: value.cpu() for name, value in {"codes": pack(self.codes, self.bits), **tensors}.items()}
+        return {name: value.to(device) for name, value in {"codes": pack(self.codes, self.bits), **tensors}.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], config: QuantConfig) -> QuantizedWeight:

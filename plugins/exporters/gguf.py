@@ -35,8 +35,8 @@ from qcore.saving import PROVENANCE, carry_files, compare_names, read_provenance
 from . import gguf_blocks, gguf_write
 from .gguf_blocks import BLOCK, BY_NUMBER
 from .gguf_file import FLOATS, Entry, GgufFile
-from .gguf_names import ARCHITECTURES, as_model_has, heads_of
-from .gguf_write import LAYERS, rope_of
+from .gguf_names import ARCHITECTURES, as_model_has, heads_of, rope_of
+from .gguf_write import LAYERS
 
 FILE = "model.gguf"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a model's tensors, and the order in which it wants their rows."""
+"""What llama.cpp calls a model's tensors, the order in which it wants their rows, and what a config says of positions."""
 
 from __future__ import annotations
 
@@ -60,6 +60,14 @@ LLAMA = Architecture("llama", permuted=True)
 QWEN3 = Architecture("qwen3", more={"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"})
 #: by transformers' model_type
 ARCHITECTURES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": Architecture("qwen2"), "qwen3": QWEN3}
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers keeps rotary embeddings under rope_parameters, before version 5 under rope_scaling and rope_theta."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_type", found.get("type", "default"))
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return found
 
 
 def heads_of(architecture: Architecture, config: Mapping[str, Any], name: str) -> int:

@@ -25,7 +25,7 @@ from qcore.saving import exact_weight, expect_same, in_order
 from . import gguf_blocks, gguf_tokenizer
 from .gguf_blocks import BLOCK
 from .gguf_file import FLOATS
-from .gguf_names import ARCHITECTURES, Architecture, as_llama_has, as_model_has, heads_of
+from .gguf_names import ARCHITECTURES, Architecture, as_llama_has, as_model_has, heads_of, rope_of
 
 LAYERS = "qcore.layers"  # the field that keeps widths and group sizes
 NUMBERS = {dtype: number for number, dtype in FLOATS.items()}
@@ -176,14 +176,6 @@ def _library() -> Any:
     except ImportError:
         raise ConfigError("writing GGUF needs the gguf package: pip install 'qcore[gguf]'") from None
     return gguf
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers keeps rotary embeddings under rope_parameters, before version 5 under rope_scaling and rope_theta."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_type", found.get("type", "default"))
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return found
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackendError, ConfigError, ModelError, PluginError, name_list, suggest
+from ..errors import BackendError, ConfigError, ModelError, PluginError, first_line, name_list, suggest
 from ..linear import QuantLinear, replace_module
 
 
@@ -101,7 +101,7 @@ def _check_gradients(linears: Iterable[QuantLinear]) -> None:
             if found is None or not bool(torch.isfinite(found).all()):
                 problem = "its product has none" if found is None else "it is not finite"
         except (RuntimeError, NotImplementedError) as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
         if problem:
             raise BackendError(
                 f"backend {linear.backend.name!r} has no gradient, so nothing can be trained on it ({problem}). "

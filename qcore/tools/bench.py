@@ -364,12 +364,8 @@ def openers(
     elif reference is not None:
         if device_map is not None:
             raise ConfigError("--device-map spreads quantized models and --reference fp16, not a float folder.")
-        found.insert(0, (reference, partial(_open_float, reference, device, fast, trust_remote_code, plugins)))
+        found.insert(0, (reference, lambda: api.open_any(reference, device, trust_remote_code, plugins, fast)[0]))
     return found
-
-
-def _open_float(model: str, device: str, fast: bool, trust_remote_code: bool, plugins: Plugins | None) -> Any:
-    return api.open_any(model, device, trust_remote_code, plugins, fast)[0]
 
 
 def _backends_of(model: nn.Module) -> str:

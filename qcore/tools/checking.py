@@ -15,10 +15,11 @@ from ..config import Override, QuantConfig
 from ..content import open_content
 from ..discovery import find_adapter
 from ..errors import ConfigError, suggest
-from ..exporter import Exporter, LayerSpec
-from ..model import FolderWeights, skeleton
-from ..plan import plan_linears, shape_of
+from ..exporter import LayerSpec, refusals
+from ..model import skeleton
+from ..plan import plan_linears, specs_of
 from ..plugins import Plugins, installed
+from ..streaming import FolderWeights
 from ..target import Finding, Subject, Target
 
 
@@ -56,35 +57,22 @@ def check(
         subject = Subject(exporter.name, config, content.layers, weight=content.weight)
     else:
         grid = QuantConfig.parse({"bits": bits, "group_size": group_size, "sym": sym}, "check")
-        layers = planned(ModelFolder(folder), grid, [Override.of(each) for each in overrides], act_order, plugins)
+        layers = planned(ModelFolder(folder), grid, overrides, act_order, plugins)
         exporter = plugins.get("format", format or DEFAULT_FORMAT)
         subject = Subject(exporter.name, config, layers)
-        refused = _refused(exporter, subject)
+        refused = [
+            Finding("refuses", "format", f"format {exporter.name!r}: {reason}", (layer.name,) if layer else ())
+            for layer, reason in refusals(exporter, layers, config)
+        ]
         if refused:
             return refused
     return chosen.check(replace(subject, options={**chosen.options, **options}))
 
 
 def planned(
-    folder: ModelFolder, grid: QuantConfig, overrides: Sequence[Override], act_order: bool, plugins: Plugins
+    folder: ModelFolder, grid: QuantConfig, overrides: Sequence[Any], act_order: bool, plugins: Plugins
 ) -> dict[str, LayerSpec]:
     """The linears that quantizing a float folder would give, by their shapes alone."""
     network = skeleton(folder)
     adapter = find_adapter(network, FolderWeights(network, folder), plugins, torch.device("cpu"))
-    layers = {}
-    for name, config in plan_linears(network, adapter, grid, overrides).items():
-        if config is not None:
-            out, columns = shape_of(network.get_submodule(name))
-            layers[name] = LayerSpec(name, config, columns, out, act_order)
-    return layers
-
-
-def _refused(exporter: Exporter, subject: Subject) -> list[Finding]:
-    """What the format itself cannot hold."""
-    found = [
-        Finding("refuses", "format", f"format {exporter.name!r}: {reason}", (name,))
-        for name, layer in subject.layers.items()
-        if (reason := exporter.why_not(layer))
-    ]
-    whole = exporter.why_not_model(subject.config) or exporter.why_not_together(list(subject.layers.values()))
-    return [*found, Finding("refuses", "format", f"format {exporter.name!r}: {whole}")] if whole else found
+    return specs_of(network, plan_linears(network, adapter, grid, overrides), act_order)

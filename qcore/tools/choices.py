@@ -11,6 +11,7 @@ import torch
 from .. import api
 from ..backend import MatmulSpec, Verdict, judge
 from ..checkpoint import ModelFolder, resolve_model
+from ..content import open_content
 from ..model import compute_dtype, stored_dtype
 from ..plugins import Plugins, installed
 
@@ -26,14 +27,13 @@ def choices(
     """
     plugins = plugins or installed()
     folder = resolve_model(str(model), plugins)
-    _, content = api.open_content(folder, plugins)
+    _, content = open_content(folder, plugins)
     backends, wanted = api.backends_for(backend, plugins)
     place = api.pick_device(device)
     dtype = dtype or compute_dtype(stored_dtype(content.source or ModelFolder(folder)), place)
     kinds: dict[MatmulSpec, list[str]] = {}
     for name, layer in content.layers.items():
-        spec = MatmulSpec(layer.config, layer.in_features, layer.out_features, layer.act_order, dtype, place, tokens)
-        kinds.setdefault(spec, []).append(name)
+        kinds.setdefault(MatmulSpec.of(layer, dtype, place, tokens), []).append(name)
     rows = [_choice(spec, names, judge(backends.values(), spec)) for spec, names in kinds.items()]
     return rows if wanted == "auto" else [{**row, "because": f"asked for; {row['because']}"} for row in rows]
 

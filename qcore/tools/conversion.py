@@ -6,7 +6,7 @@ Everything streams: a layer is read, checked, written and forgotten. Exact means
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..exporter import Content, Exporter, LayerSpec
 from ..files import check_output, complete_folder, write_manifest
 from ..model import transposed_linears
 from ..plugins import Plugins, installed
-from ..saving import in_shards
+from ..saving import InexactError, in_shards
 from ..weight import QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128, -1)  # what formats and kernels have in common
@@ -67,16 +67,15 @@ def convert(
         raise _refusal(exporter, problems)
     try:
         with complete_folder(target) as draft:
-            exporter.save(content if lossy else _checked(exporter, content), draft)
+            exporter.save(content, draft)
             if manifest:
                 write_manifest(draft)
-    except _Inexact:
-        raise _refusal(exporter, dict(inexact(exporter, content))) from None
+    except InexactError:
+        if lossy:
+            raise
+        inexact = {name: reason for name in content.layers if (reason := exporter.why_not_exact(content.weight(name)))}
+        raise _refusal(exporter, inexact) from None
     return target
-
-
-class _Inexact(Exception):
-    """A weight whose values the format cannot hold turned up while saving."""
 
 
 def unfit(exporter: Exporter, content: Content) -> dict[str, str]:
@@ -87,26 +86,6 @@ def unfit(exporter: Exporter, content: Content) -> dict[str, str]:
         usual = _usual(content.layers.values())
         problems |= {name: together for name, layer in content.layers.items() if layer.config != usual}
     return problems
-
-
-def inexact(exporter: Exporter, content: Content) -> Iterator[tuple[str, str]]:
-    """Linears whose values a format cannot hold, and why; reads every weight."""
-    for name in content.layers:
-        reason = exporter.why_not_exact(content.weight(name))
-        if reason:
-            yield name, reason
-
-
-def _checked(exporter: Exporter, content: Content) -> Content:
-    """The same stream, stopping at the first weight that the format cannot hold."""
-
-    def weight(name: str) -> QuantizedWeight:
-        found = content.weight(name)
-        if exporter.why_not_exact(found):
-            raise _Inexact(name)
-        return found
-
-    return replace(content, weight=weight)
 
 
 def _refusal(exporter: Exporter, problems: Mapping[str, str]) -> CheckpointError:

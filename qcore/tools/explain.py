@@ -11,20 +11,22 @@ import torch
 from torch import nn
 
 from .. import grid
-from ..adapter import ModelAdapter, _any_expert, is_linear
+from ..adapter import ModelAdapter, is_linear
 from ..algorithm import Algorithm
-from ..api import DEFAULT_ALGORITHM, _algorithm, pick_device
-from ..checkpoint import ModelFolder, ShardWriter, resolve_model
+from ..api import DEFAULT_ALGORITHM, _algorithm, open_unquantized, pick_device
+from ..checkpoint import ModelFolder, ShardWriter
 from ..config import Override, QuantConfig, RunSizes
+from ..discovery import _any_expert
 from ..experts import Experts
 from ..exporter import Exporter
 from ..files import check_output
 from ..memory import parse_bytes
-from ..model import FolderWeights, Names, _get, longest, skeleton, stored_dtype
-from ..plan import Job, check_format, check_model, make_job, shape_of
+from ..model import longest, stored_dtype
+from ..plan import Job, check_format, shape_of
 from ..plugins import Plugins, installed
 from ..ranks import Ranks
 from ..saving import FolderExporter
+from ..streaming import FolderWeights, Names, get_tensor
 from ..weight import QuantizedWeight
 from .probe import probe as try_out
 
@@ -70,13 +72,10 @@ def explain(
     algorithm = _algorithm(plugins, algo, params)
     if output is not None:
         check_output(Path(output))
-    folder = ModelFolder(resolve_model(str(model), plugins))
-    if folder.config.get("quantization_config"):
-        check_model(nn.Module(), folder)
-    network = skeleton(folder, trust_remote_code)
-    check_model(network, folder)
+    network, folder = open_unquantized(str(model), True, place, trust_remote_code, None, plugins)
+    assert folder is not None
     seqlen = min(seqlen, longest(network) or seqlen)
-    job = make_job(
+    job = Job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
         tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,
         adapter=adapter, ranks=Ranks.alone(),
@@ -130,7 +129,7 @@ def _disk(job: Job, folder: ModelFolder, exporter: Exporter) -> dict[str, Any]:
     kinds = {name: _kind(job, name, config) for name, config in job.linears.items() if config is not None}
     floats = {names.on_disk(n): _bytes_of(job, n) for n in job.weights.keys if n.rpartition(".")[0] not in kinds}
     for stray in set(folder.tensors) - set(job.weights.keys.values()):
-        floats[stray] = torch.Size(folder.tensors[stray].shape).numel() * folder.tensors[stray].dtype.itemsize
+        floats[stray] = folder.tensors[stray].nbytes
     blanks = {kind: _blank(*kind) for kind in dict.fromkeys(kinds.values())}
     kept = {kind: _sizes(blank.to_tensors()) for kind, blank in blanks.items()}
     journal = sum(sum(kept[kind].values()) for kind in kinds.values())
@@ -161,23 +160,18 @@ def _kind(job: Job, name: str, config: QuantConfig) -> _Kind:
 def _blank(out: int, columns: int, config: QuantConfig, bias: torch.dtype | None) -> QuantizedWeight:
     """A weight of a kind, all zero."""
     groups = grid.num_groups(columns, config.group_size)
+    codes, scales = torch.zeros(out, columns, dtype=torch.uint8), torch.ones(out, groups, dtype=torch.float16)
     zeros = torch.full((out, groups), grid.symmetric_zero(config.bits), dtype=torch.int32)
-    return QuantizedWeight(
-        torch.zeros(out, columns, dtype=torch.uint8),
-        torch.ones(out, groups, dtype=torch.float16),
-        zeros,
-        grid.group_index(columns, config.group_size),
-        config,
-        None if bias is None else torch.zeros(out, dtype=bias),
-    )
+    g_idx = grid.group_index(columns, config.group_size)
+    return QuantizedWeight(codes, scales, zeros, g_idx, config, None if bias is None else torch.zeros(out, dtype=bias))
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 def _bytes_of(job: Job, name: str) -> int:
-    return _get(job.model, name).numel() * job.weights.dtype_of(name).itemsize
+    return get_tensor(job.model, name).numel() * job.weights.dtype_of(name).itemsize
 
 
 def _shard_bytes(exporter: FolderExporter, expected: Sequence[str], sizes: Sequence[int]) -> int:
@@ -192,8 +186,7 @@ def _shard_bytes(exporter: FolderExporter, expected: Sequence[str], sizes: Seque
 
 def _quantized_bytes(out: int, columns: int, config: QuantConfig) -> int:
     """Codes, and per group a scale of 16 bits and a zero point."""
-    groups = 1 if config.group_size == -1 else -(-columns // config.group_size)
-    return out * (columns * config.bits + groups * (16 + config.bits)) // 8
+    return out * (columns * config.bits + grid.num_groups(columns, config.group_size) * (16 + config.bits)) // 8
 
 
 def _kinds(model: nn.Module, adapter: ModelAdapter) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..api import DEFAULT_FORMAT, inspect, save
 from ..content import open_content
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..plugins import Plugins, installed
 from .checking import check
 
@@ -39,39 +39,27 @@ def push_to_hub(
 
     Example: `qcore.push_to_hub(model, "org/name", evaluation=qcore.evaluate(model, text, reference=original))`
     """
-    plugins = plugins or installed()
-    if isinstance(model, nn.Module):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = save(model, Path(scratch) / "model", format, plugins=plugins)
-            return _upload(folder, repo_id, evaluation, private, revision, message, token, plugins)
-    return _upload(Path(model), repo_id, evaluation, private, revision, message, token, plugins)
-
-
-def _upload(
-    folder: Path,
-    repo_id: str,
-    evaluation: Mapping[str, float] | None,
-    private: bool | None,
-    revision: str | None,
-    message: str,
-    token: str | None,
-    plugins: Plugins,
-) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    open_content(folder, plugins)  # nothing that cannot be read again goes up
-    files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-    files.setdefault(CARD, model_card(folder, repo_id, evaluation, plugins).encode())
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    except Exception as error:  # what is behind huggingface_hub raises kinds of its own, which change between versions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder} could not be uploaded to {repo_id}: {reason}") from None
+    plugins = plugins or installed()
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(model, nn.Module):
+            model = save(model, Path(scratch) / "model", format, plugins=plugins)
+        folder = Path(model)
+        open_content(folder, plugins)  # nothing that cannot be read again goes up
+        files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+        files.setdefault(CARD, model_card(folder, repo_id, evaluation, plugins).encode())
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        except (
+            Exception
+        ) as error:  # what is behind huggingface_hub raises kinds of its own, which change between versions
+            raise ModelError(f"{folder} could not be uploaded to {repo_id}: {first_line(error)}") from None
     return str(commit.commit_url)
 
 

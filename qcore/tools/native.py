@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..api import backends_for
 from ..content import info_of, open_content
 from ..errors import CheckpointError
 from ..experts import unfuse
 from ..exporter import Content
 from ..linear import QuantLinear, replace_module
-from ..model import Names, Placement, WeightSource, load_tokenizer
+from ..loading import Placement, take_out
+from ..model import load_tokenizer
 from ..plugins import Plugins, installed
 
 
@@ -89,17 +92,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError("qcore opens quantized models from folders, not from state dicts.")
         self.folder = Path(checkpoint_files[0]).parent
         _, self.content = open_content(self.folder, self.offered)
-        unfuse(model)
-        names = Names(model)
-        self.layers = {names.layer_in_model(key): key for key in self.content.layers}
-        for name, key in self.layers.items():
-            try:
-                model.get_submodule(name)
-            except AttributeError:
-                raise CheckpointError(
-                    f"{self.folder}: quantized layer {key} is not in {type(model).__name__}."
-                ) from None
-            replace_module(model, name, nn.Identity())
+        self.layers = take_out(unfuse(model), self.content, self.folder)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {  # type: ignore[assignment]
             rf"^{re.escape(name)}\." for name in self.layers
@@ -109,19 +102,13 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         parameter = next(each for each in model.parameters() if each.is_floating_point())
         places = Placement(getattr(model, "hf_device_map", None) or {"": parameter.device})
-        backends = self.offered.usable("backend")
-        if self.wanted != "auto":
-            backends = {self.wanted: self.offered.get("backend", self.wanted)}
+        backends, wanted = backends_for(self.wanted, self.offered)
         for name, key in self.layers.items():
-            place = places(name)
-            source = WeightSource(self.content, key)
-            weight = self.content.weight(key).to(place)
-            replace_module(
-                model, name, QuantLinear(weight, backends.values(), place, parameter.dtype, source, self.wanted)
-            )
-        report = dict(self.content.provenance)
-        origin = self.content.source
-        model.qcore_info = info_of(report, load_tokenizer(self.folder), model, origin)  # type: ignore[assignment]
+            place, source = places(name), partial(self.content.weight, key)
+            linear = QuantLinear(source().to(place), backends.values(), place, parameter.dtype, source, wanted)
+            replace_module(model, name, linear)
+        report, tokenizer = dict(self.content.provenance), load_tokenizer(self.folder)
+        model.qcore_info = info_of(model, tokenizer, self.content.source, report=report)  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:

@@ -16,51 +16,7 @@ from .reporting import grid_of
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 CELL, GAP, HEAD = 22, 2, 20  # of a heat map, in pixels
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --dim: #667085; --paper: #f5f6f8; --card: #fff; --line: #e4e7ec;
-  --chip: #f0f2f5; --mark: #3b528b; --good: #21918c }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --dim: #98a2b3; --paper: #12161c; --card: #1a2028; --line: #2b3440; --chip: #252d38; --mark: #7fb3d5; --good: #5ec962 }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px }
-h1 { font-size: 28px; margin: 0; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { font-size: 16px; margin: 0 0 12px }
-p { margin: 4px 0 }
-.dim { color: var(--dim) }
-.small { font-size: 13px }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 16px }
-section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
-section { margin: 16px 0; overflow-x: auto }
-.card b { display: block; font-size: 24px; line-height: 1.3; letter-spacing: -.02em; font-variant-numeric: tabular-nums }
-.card span { display: block; color: var(--dim); font-size: 13px; line-height: 1.35 }
-.maps { display: flex; flex-wrap: wrap; gap: 16px; margin: 16px 0 }
-.maps section { margin: 0; flex: 1 1 auto; max-width: 100% }
-svg { display: block }
-.plot { width: 100%; min-width: 520px }
-table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
-th { text-align: left; color: var(--dim); font-weight: 500 }
-th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-tr:last-child > * { border-bottom: 0 }
-td.n, th.n { text-align: right; white-space: nowrap }
-th:last-child, td:last-child { padding-right: 0 }
-tr.best td { font-weight: 600 }
-.bar { display: inline-block; height: 8px; border-radius: 4px; background: var(--good); vertical-align: middle }
-.pairs th { width: 180px }
-.chip { display: inline-block; background: var(--chip); border-radius: 6px; padding: 0 8px; margin: 0 4px 4px 0 }
-i { font-style: normal; color: var(--dim) }
-.pairs td { overflow-wrap: anywhere }
-svg text { font: 11px system-ui, sans-serif; fill: var(--dim) }
-summary { cursor: pointer; font-weight: 600 }
-@media (max-width: 600px) {
-  main { padding: 20px 12px 40px }
-  .bar { display: none }
-  .pairs th, .pairs td { display: block; width: auto; padding-right: 0 }
-  .pairs th { border: 0; padding-bottom: 0 }
-  .pairs td { padding-top: 0 }
-}
-"""
+STYLE = Path(__file__).parent / "templates" / "report.css"
 
 
 def report_page(report: Mapping[str, Any]) -> str:
@@ -138,28 +94,24 @@ def compare_page(rows: Sequence[Mapping[str, Any]]) -> str:
     return _page("Quantized variants", parts)
 
 
+#: what a comparison shows of each variant: the column's title and how its values are written
 COMPARED = {
-    "name": "folder", "algorithm": "algorithm", "format": "format", "bits": "bits per weight", "size": "MB", "kl": "KL",
-    "perplexity": "perplexity", "reference_perplexity": "before", "tokens_per_second": "tokens/s",
-}  # fmt: skip
+    "name": ("folder", "{}"),
+    "algorithm": ("algorithm", "{}"),
+    "format": ("format", "{}"),
+    "bits": ("bits per weight", "{:.2f}"),
+    "size": ("MB", "{:.1f}"),
+    "kl": ("KL", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
+    "reference_perplexity": ("before", "{:.3f}"),
+    "tokens_per_second": ("tokens/s", "{:.1f}"),
+}
 
 
 def compared_cells(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
     """One row of a comparison as text, for page and terminal alike."""
-    forms = {
-        "bits": "{:.2f}",
-        "kl": "{:.4f}",
-        "perplexity": "{:.3f}",
-        "reference_perplexity": "{:.3f}",
-        "tokens_per_second": "{:.1f}",
-    }
-    cells = []
-    for name in columns:
-        value = row.get(name)
-        if name == "size":
-            value = f"{row['size'] / 1e6:.1f}"
-        cells.append("" if value is None else forms.get(name, "{}").format(value))
-    return cells
+    values = {**row, "size": row["size"] / 1e6}
+    return ["" if values.get(name) is None else COMPARED[name][1].format(values[name]) for name in columns]
 
 
 def compared_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -170,7 +122,7 @@ def compared_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = compared_columns(rows)
     numbers = [name not in ("name", "algorithm", "format") for name in columns]
-    head = "".join(_cell("th", COMPARED[name], number) for name, number in zip(columns, numbers, strict=True))
+    head = "".join(_cell("th", COMPARED[name][0], number) for name, number in zip(columns, numbers, strict=True))
     body = ""
     for index, row in enumerate(rows):
         cells = "".join(_cell("td", cell, n) for cell, n in zip(compared_cells(row, columns), numbers, strict=True))
@@ -278,9 +230,10 @@ def color(share: float) -> str:
 
 
 def _page(title: str, parts: Iterable[str]) -> str:
+    style = STYLE.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>'
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 

@@ -21,9 +21,9 @@ from ..checkpoint import ModelFolder
 from ..exporter import Content, Exporter
 from ..journal import Journal
 from ..memory import limited
-from ..model import FolderWeights
 from ..plan import Job, shape_of
 from ..run import _Inputs, _move_on, _quantize, _Work, journal_content
+from ..streaming import FolderWeights
 
 #: a trial of one batch that takes longer than this many seconds is not repeated, and the longer one is of two batches
 PATIENCE = 10.0
@@ -156,7 +156,7 @@ class _Trials:
         keep = seconds.lap()
         gpu = torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
         streams = [inputs.captured.stream, inputs.float_inputs] if inputs is not None else []
-        hidden = sum(each.numel() * each.element_size() for stream in streams if stream for each in stream.hidden)
+        hidden = sum(each.nbytes for stream in streams if stream for each in stream.hidden)
         del inputs, streams
         location = {name: index for index, (results, _) in zip(indices, done, strict=True) for name in results}
         records = [record for _, records in done for record in records]

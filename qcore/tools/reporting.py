@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import api
+from ..content import open_content
 from ..errors import ConfigError
 from ..exporter import Content
 from ..plugins import Plugins, installed
@@ -35,23 +36,16 @@ def gather(
     if reference is not None and text is None:
         raise ConfigError("a reference is measured on text: give text (--text) as well.")
     found = api.inspect(folder, plugins)
-    _, content = api.open_content(Path(folder), plugins)
-    order = {str(record["name"]): index for index, record in enumerate(content.provenance.get("layers", []))}
-    ran = sorted(found["layers"], key=lambda layer: order.get(layer["name"], len(order)))
-    layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in ran]
+    _, content = open_content(Path(folder), plugins)
+    layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in found["layers"]]
     measured = None
     if text is not None:
         measured = api.evaluate(
             folder, text, reference=reference, seqlen=seqlen, windows=windows, device=device,
             trust_remote_code=trust_remote_code, plugins=plugins,
         )  # fmt: skip
-    return {
-        **found,
-        "name": Path(folder).resolve().name,
-        "layers": layers,
-        "measured": measured,
-        "versions": versions(),
-    }
+    name = Path(folder).resolve().name
+    return {**found, "name": name, "layers": layers, "measured": measured, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -118,16 +112,11 @@ def compare(
         if text is not None or new_tokens:
             model, tokenizer = api.open_any(folder, device, trust_remote_code, plugins)
             if text is not None:
-                settings: dict[str, Any] = {
-                    "seqlen": seqlen,
-                    "windows": windows,
-                    "tokenizer": tokenizer,
-                    "plugins": plugins,
-                }
-                measured = api.evaluate(model, text, reference=other, **settings)
-                row |= {
-                    name: measured[name] for name in ("perplexity", "kl", "reference_perplexity") if name in measured
-                }
+                measured = api.evaluate(
+                    model, text, reference=other, seqlen=seqlen, windows=windows, tokenizer=tokenizer, plugins=plugins
+                )
+                shown = ("perplexity", "kl", "reference_perplexity")
+                row |= {name: measured[name] for name in shown if name in measured}
             if new_tokens:
                 row["tokens_per_second"] = tokens_per_second(model, new_tokens)
             del model

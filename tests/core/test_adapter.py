@@ -4,10 +4,10 @@ from torch import nn
 
 import qcore
 from qcore import ModelAdapter, ModelError
-from qcore.adapter import find_block_list, linears_in
-from qcore.discovery import find_adapter
-from qcore.model import ModuleWeights
+from qcore.adapter import linears_in
+from qcore.discovery import find_adapter, find_block_list
 from qcore.plugins import installed
+from qcore.streaming import ModuleWeights
 from qcore.testing import TinyModel, check_adapter
 
 CPU = torch.device("cpu")

@@ -5,19 +5,19 @@ import torch
 from torch import nn
 
 import qcore
-from qcore import ModelError, QuantConfig, RunError
+from qcore import ModelAdapter, ModelError, QuantConfig, RunError
 from qcore import blocks as walk
 from qcore.capture import Stream, capture_inputs
-from qcore.model import ModuleWeights
 from qcore.plan import plan_linears
+from qcore.streaming import ModuleWeights
 from qcore.testing import TinyBlock, TinyModel, random_weight, tiny_tokens, tiny_transformer
 
 CPU = torch.device("cpu")
 
 
 def captured_of(model, batches, blocks="blocks", before=("embed",)):
-    modules = list(model.get_submodule(blocks))
-    return capture_inputs(model, ModuleWeights(model), blocks, before, modules, batches, CPU, torch.float32)
+    adapter = ModelAdapter("any", (), blocks, (), before)
+    return capture_inputs(model, ModuleWeights(model), adapter, batches, CPU, torch.float32)
 
 
 def batches_of(sequences, mask=None):
@@ -29,7 +29,7 @@ def first_block(model, captured, index=0):
     plan = plan_linears(model, TinyModel.adapter, QuantConfig(bits=4, group_size=32), [])
     module = model.blocks[index]
     stages = TinyModel.adapter.stages_in(module)
-    return walk.make_block(
+    return walk.Block(
         index,
         f"blocks.{index}",
         module,
@@ -349,7 +349,7 @@ def test_weights_given_are_out_by_in_for_conv1d_too():
     captured = captured_of(model, batches_of(tiny_tokens(2)), "transformer.h", ("transformer.wte", "transformer.wpe"))
     short = "mlp.c_fc"
     plan = {f"transformer.h.0.{short}": QuantConfig()}
-    block = walk.make_block(0, "transformer.h.0", model.transformer.h[0], [[(short,)]], plan, lambda name: torch.float32,
+    block = walk.Block(0, "transformer.h.0", model.transformer.h[0], [[(short,)]], plan, lambda name: torch.float32,
                             captured, captured.kwargs[0], None, CPU, 0)  # fmt: skip
     (linear,) = block.linears.values()
     assert tuple(linear.weight.shape) == (128, 32)
@@ -425,7 +425,7 @@ def test_a_kept_input_is_dropped_when_what_leads_to_it_changes():
     names = [f"model.layers.0.{short}" for stage in stages for group in stage for short in group]
     outputs = []
     for keep in (False, True):
-        block = walk.make_block(0, "model.layers.0", model.model.layers[0], stages, dict.fromkeys(names, QuantConfig(group_size=32)),
+        block = walk.Block(0, "model.layers.0", model.model.layers[0], stages, dict.fromkeys(names, QuantConfig(group_size=32)),
                                 lambda name: torch.float32, captured, captured.kwargs[0], None, CPU, 0)  # fmt: skip
         block.memo_bytes = 10**9 if keep else 0
         weights = {name: random_weight(64, 64, QuantConfig(group_size=32)) for name in names}

@@ -17,7 +17,7 @@ CORE = Path(qcore.__file__).parent
 #: each file imports only from those above it
 ORDER = [
     "errors", "config", "grid", "packing", "weight", "algorithm", "ranks", "adapter", "backend", "exporter", "target", "hookspecs",
-    "plugins", "linear", "experts", "calibration", "files", "checkpoint", "saving", "memory", "model", "capture", "discovery", "plan", "journal",
+    "plugins", "linear", "experts", "calibration", "files", "checkpoint", "saving", "memory", "streaming", "model", "loading", "capture", "discovery", "plan", "journal",
     "blocks", "run", "evaluation", "tape", "fast", "content", "api", "cli", "testing",
 ]  # fmt: skip
 

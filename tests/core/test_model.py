@@ -9,7 +9,8 @@ from torch import nn
 
 import qcore
 from qcore import CheckpointError, ModelError, ModelFolder
-from qcore.model import FolderWeights, ModuleWeights, compute_dtype, load_float, match_keys, skeleton, stored_dtype
+from qcore.model import compute_dtype, load_float, skeleton, stored_dtype
+from qcore.streaming import FolderWeights, ModuleWeights, match_keys
 from qcore.testing import tiny_transformer
 
 CPU = torch.device("cpu")

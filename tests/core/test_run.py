@@ -235,14 +235,14 @@ def test_an_output_that_another_run_finished_meanwhile_ends_this_one_before_any_
     from qcore import api
 
     output = tmp_path / "out"
-    made = api.make_job
+    made = api.Job
 
     def slowly(*args, **settings):  # the other run is there first, after this one looked
-        monkeypatch.setattr(api, "make_job", made)
+        monkeypatch.setattr(api, "Job", made)
         qcore.quantize(llama_folder, "rtn", group_size=32, output=output)
         return made(*args, **settings)
 
-    monkeypatch.setattr(api, "make_job", slowly)
+    monkeypatch.setattr(api, "Job", slowly)
     with pytest.raises(CheckpointError, match="exists already"):
         qcore.quantize(llama_folder, output=output, **SETTINGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

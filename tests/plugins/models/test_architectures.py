@@ -9,8 +9,8 @@ from qcore import Algorithm, QuantLinear
 from qcore.discovery import find_adapter
 from qcore.experts import Experts, unfuse
 from qcore.linear import set_weight, weight_of
-from qcore.model import ModuleWeights
 from qcore.plugins import installed
+from qcore.streaming import ModuleWeights
 from qcore.testing import check_adapter
 
 CPU = torch.device("cpu")

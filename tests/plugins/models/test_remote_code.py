@@ -8,8 +8,9 @@ import qcore
 from qcore import Algorithm, ModelError, QuantLinear
 from qcore.checkpoint import ModelFolder
 from qcore.discovery import find_adapter
-from qcore.model import ModuleWeights, load_float
+from qcore.model import load_float
 from qcore.plugins import installed
+from qcore.streaming import ModuleWeights
 from qcore.testing import check_adapter
 
 CPU = torch.device("cpu")

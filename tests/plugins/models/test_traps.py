@@ -12,12 +12,11 @@ from zoo import COMMON, EXPERTS, GROUPED, HYBRID, build, enliven
 import qcore
 from qcore import ModelAdapter, ModelError
 from qcore import blocks as walk
-from qcore.adapter import _merge
 from qcore.checkpoint import ModelFolder
-from qcore.discovery import check_causal, find_adapter
+from qcore.discovery import _merge, check_causal, find_adapter
 from qcore.experts import Experts, is_fused, unfuse
-from qcore.model import ModuleWeights
 from qcore.plugins import installed
+from qcore.streaming import ModuleWeights
 from qcore.testing import TinyBlock, TinyModel, check_adapter, tiny_tokens, with_tiny_adapter
 
 SETTINGS = {"group_size": 32, "seqlen": 32}
