@@ -150,13 +150,13 @@ def _dry_run(model: str, output: Path | None, as_json: bool, **settings: Any) ->
     )
 
 
-def parse_options(options: tuple[str, ...], function: Callable[..., Any]) -> dict[str, Any]:
+def parse_options(options: tuple[str, ...], function: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Read NAME=VALUE; values are JSON where they can be (true, 0.05, null), else text.
 
-    function: what they are handed to; they must not be its own arguments.
+    function: what they are handed to, where its own arguments must not be among them.
     """
     pairs = {}
-    taken = signature(function).parameters.keys() - {"revision"}  # which has no option of its own
+    taken = signature(function).parameters.keys() - {"revision"} if function else ()  # which has no option of its own
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.isidentifier():
