@@ -586,9 +586,10 @@ class AutoRound(Algorithm):
 
     def _check_batches(self, targets: Sequence[Tensor]) -> None:
         sequences = sum(len(target) for target in targets)
-        if sequences < self.params.bs:
+        uncut = len({target.shape[1] for target in targets}) == len(targets)  # no smaller batch_size was given
+        if uncut and sequences < (self.batch_size or 1):
             raise CalibrationError(
-                f"a step of autoround takes bs={self.params.bs} sequences, the calibration has {sequences}. "
+                f"a step of autoround takes bs={self.params.bs} sequences, the calibration has {sequences * self.processes}. "
                 "Give more samples, or a smaller bs."
             )
 

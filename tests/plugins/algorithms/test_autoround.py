@@ -525,6 +525,11 @@ def test_fewer_samples_than_a_batch_are_refused():
         quantize(calibration=tiny_tokens(3), bs=8)
 
 
+def test_a_batch_size_given_takes_the_place_of_bs(forwards):
+    quantize(TinyModel(depth=1), calibration=tiny_tokens(4), bs=8, batch_size=2, iters=2)
+    assert {size for size, _ in forwards} == {2}
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [([torch.zeros(2, 3, 8, dtype=torch.int64)], r"\[2, 3, 8\]"), ([torch.rand(2, 8)], "float32"), ([], "empty")],
