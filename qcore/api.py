@@ -19,7 +19,7 @@ from .algorithm import Algorithm
 from .backend import Backend
 from .calibration import Calibration, CalibrationRequest, identify, prepare
 from .checkpoint import ModelFolder, folder_config, resolve_model
-from .config import Override, QuantConfig, RunSizes
+from .config import LEAST_MEMORY, Override, QuantConfig, RunSizes, parse_bytes
 from .content import Info, content_of, info_of, open_content, plain_record, tell_model
 from .errors import ConfigError, ModelError, first_line, suggest
 from .evaluation import EvalTask, measure, windows_of
@@ -30,7 +30,6 @@ from .files import check_manifest, check_output, complete_folder, disk_errors, r
 from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
 from .loading import load_quantized
-from .memory import parse_bytes
 from .model import compute_dtype, load_float, load_tokenizer, longest, skeleton, stored_dtype, vocabulary
 from .plan import Job, check_format, check_model
 from .plugins import Plugins, installed
@@ -101,7 +100,7 @@ def quantize(
     target = None if output is None else Path(output)
     if target is not None:
         check_output(target)
-    place, limit = pick_device(device), parse_bytes(max_memory)
+    place, limit = pick_device(device), parse_bytes(max_memory, "max_memory", LEAST_MEMORY)
     network, folder = open_unquantized(model, target is not None, place, trust_remote_code, revision, plugins)
     if folder:
         tokenizer = tokenizer or load_tokenizer(folder.path, trust_remote_code)
@@ -253,13 +252,13 @@ def save(
     *,
     tokenizer: Any = None,
     manifest: bool = False,
-    shard_bytes: int | None = None,
+    shard_bytes: int | str | None = None,
     plugins: Plugins | None = None,
 ) -> Path:
     """Write a quantized model as a folder, complete or not at all, and verify it by reading it back.
 
     manifest: write SHA256SUMS too, which `qcore inspect` and `sha256sum -c` check. shard_bytes: the most a weight file
-    holds (None: 5 GB).
+    holds, as a number or "2GB" (None: 5 GB).
 
     Raises ModelError when the model has no quantized linears, CheckpointError when the format cannot hold them or
     the folder cannot be written.

@@ -491,7 +491,7 @@ def convert(
     from . import api
     from .tools import conversion
 
-    shard_bytes = None if shard_gb is None else int(shard_gb * 1e9)
+    shard_bytes = None if shard_gb is None else f"{shard_gb:.9f}GB"
     conversion.convert(model, output, format_, lossy=lossy, manifest=manifest, shard_bytes=shard_bytes)
     report = api.report(output)
     lost: dict[str, dict[str, Any]] = report["converted"]["lossy"]

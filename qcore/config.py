@@ -168,3 +168,24 @@ def resolve(names: Iterable[str], config: QuantConfig, overrides: Sequence[Overr
             f"{suggest(unused[0].pattern, plan)}"
         )
     return plan
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}}  # fmt: skip
+LEAST_MEMORY = 2**20  # bytes that a run takes at the very least
+
+
+def parse_bytes(value: int | str | None, name: str, least: int = 1) -> int | None:
+    """Return a number of bytes given as such or as text: "4GiB", "500 MB". name: of the option; least: the fewest that make sense.
+
+    >>> parse_bytes("4GiB", "max_memory")
+    4294967296
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
+    if isinstance(value, bool) or found is None or found[2] not in _UNITS:
+        raise ConfigError(f'{name}={value!r}: expected bytes, or a size such as "4GiB" or "500MB".')
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if size < least:
+        raise ConfigError(f"{name}={value!r} is {size} bytes, expected {least} at least.")
+    return size

@@ -43,8 +43,11 @@ def windows_of(text: str | Tensor, tokenizer: Any, seqlen: int, limit: int | Non
 
     Raises CalibrationError when there is less than one window.
     """
-    if seqlen < 2 or (limit is not None and limit < 1):
-        raise ConfigError(f"seqlen={seqlen}, windows={limit}: expected at least 2 and 1.")
+    whole = isinstance(seqlen, int) and isinstance(limit, int | None)
+    if not whole or seqlen < 2 or (limit is not None and limit < 1):
+        raise ConfigError(f"seqlen={seqlen!r}, windows={limit!r}: expected whole numbers, at least 2 and 1.")
+    if not isinstance(text, (str, Tensor)):
+        raise ConfigError(f"text is a {type(text).__name__}, expected a string or a tensor of token ids.")
     if isinstance(text, Tensor):
         ids = text.reshape(-1)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .backend import Backend
 from .checkpoint import ModelFolder
-from .errors import CheckpointError, ModelError, name_list
+from .errors import CheckpointError, ConfigError, ModelError, name_list
 from .exporter import Content
 from .linear import quant_linears, replace_module, weight_of
 from .model import compute_dtype, skeleton, stored_dtype, transformers_errors
@@ -122,6 +122,8 @@ class Placement:
     """Tells the device of each parameter, by the longest matching prefix of a device map."""
 
     def __init__(self, device_map: Mapping[str, Any]) -> None:
+        if not isinstance(device_map, Mapping):
+            raise ConfigError(f'device_map={device_map!r}: expected "auto", or devices by name of module.')
         self.device_map = device_map
 
     def __call__(self, name: str) -> torch.device:

@@ -17,31 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
-
 #: tokens of a forward pass where memory allows: matrix products are at full speed from there on
 BATCH_TOKENS = {"cpu": 4096}
 BATCH_TOKENS_OF_GPU = 8192
 #: outputs of finished parts of one block kept between replays, so that they are not computed again
 MEMO_BYTES = 3 * 10**9 // 2
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}}  # fmt: skip
-
-
-def parse_bytes(value: int | str | None) -> int | None:
-    """Return a number of bytes given as such or as text: "4GiB", "500 MB".
-
-    >>> parse_bytes("4GiB")
-    4294967296
-    """
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
-    if isinstance(value, bool) or found is None or found[2] not in _UNITS:
-        raise ConfigError(f'max_memory={value!r}: expected bytes, or a size such as "4GiB" or "500MB".')
-    size = int(float(found[1]) * _UNITS[found[2]])
-    if size < 2**20:
-        raise ConfigError(f"max_memory={value!r} is {size} bytes; nothing can be quantized in less than 1 MiB.")
-    return size
 
 
 @dataclass(frozen=True)

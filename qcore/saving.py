@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import ModelFolder, ShardWriter, bytes_of
+from .config import parse_bytes
 from .errors import CheckpointError, ConfigError, QcoreError, name_list
 from .exporter import Content, Exporter, LayerSpec, refusals
 from .files import disk_errors, read_json, write_json
@@ -244,19 +245,18 @@ def expect_same(folder: Path, name: str, difference: str | None) -> None:
         raise CheckpointError(f"{folder}: {name} reads back with a different {difference}; nothing was kept.")
 
 
-def in_shards(exporter: Exporter, shard_bytes: int | None) -> Exporter:
-    """The same format in files of at most `shard_bytes` (None: as it would itself).
+def in_shards(exporter: Exporter, shard_bytes: int | str | None) -> Exporter:
+    """The same format in files of at most `shard_bytes`, a number or a size such as "5GB" (None: as it would itself).
 
     Raises ConfigError when it is no number of bytes or the format is one file.
     """
-    if shard_bytes is None:
+    size = parse_bytes(shard_bytes, "shard_bytes")
+    if size is None:
         return exporter
     if not isinstance(exporter, FolderExporter):
         raise ConfigError(f"format {exporter.name!r} is one file; shard_bytes does not apply.")
-    if shard_bytes < 1:
-        raise ConfigError(f"shard_bytes is {shard_bytes}, expected a number of bytes.")
     changed = copy.copy(exporter)
-    changed.shard_bytes = shard_bytes
+    changed.shard_bytes = size
     return changed
 
 

@@ -36,7 +36,7 @@ def convert(
     *,
     lossy: bool = False,
     manifest: bool = False,
-    shard_bytes: int | None = None,
+    shard_bytes: int | str | None = None,
     revision: str | None = None,
     plugins: Plugins | None = None,
 ) -> Path:

@@ -15,12 +15,11 @@ from ..adapter import ModelAdapter, is_linear
 from ..algorithm import Algorithm
 from ..api import DEFAULT_ALGORITHM, _algorithm, open_unquantized, pick_device
 from ..checkpoint import ModelFolder, ShardWriter
-from ..config import Override, QuantConfig, RunSizes
+from ..config import LEAST_MEMORY, Override, QuantConfig, RunSizes, parse_bytes
 from ..discovery import _any_expert
 from ..experts import Experts
 from ..exporter import Exporter
 from ..files import check_output
-from ..memory import parse_bytes
 from ..model import longest, stored_dtype
 from ..plan import Job, check_format, shape_of
 from ..plugins import Plugins, installed
@@ -77,7 +76,7 @@ def explain(
     seqlen = min(seqlen, longest(network) or seqlen)
     job = Job(
         network, FolderWeights(network, folder), folder, str(model), algorithm, config, plugins, overrides=overrides,
-        tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory), seed=seed, device=place,
+        tokens=samples * seqlen, seqlen=seqlen, batch_size=batch_size, limit=parse_bytes(max_memory, "max_memory", LEAST_MEMORY), seed=seed, device=place,
         adapter=adapter, ranks=Ranks.alone(),
     )  # fmt: skip
     plan = _static(job, folder, samples * seqlen)

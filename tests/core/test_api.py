@@ -406,6 +406,28 @@ def test_a_dtype_by_name_is_refused(llama_folder):
         qcore.load(llama_folder, dtype="float16")
 
 
+def test_what_load_save_and_evaluate_cannot_take_is_refused_by_name(llama, llama_folder, tmp_path):
+    model = qcore.quantize(llama, "rtn", group_size=32)
+    for size, words in (("5 shards", "shard_bytes='5 shards': expected bytes"), (0, "shard_bytes=0 is 0 bytes")):
+        with pytest.raises(ConfigError, match=words):
+            qcore.save(model, tmp_path / "out", shard_bytes=size)
+    folder = qcore.save(model, tmp_path / "out", shard_bytes="20kB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    for places in (3, "balanced"):
+        with pytest.raises(ConfigError, match=rf"device_map={places!r}: expected \"auto\", or devices by name"):
+            qcore.load(folder, device_map=places)
+    ids = torch.randint(0, 100, (64,))
+    for wrong, words in (
+        ({"seqlen": 8.5}, "whole numbers"),
+        ({"windows": "2"}, "whole numbers"),
+        ({"seqlen": None}, "whole"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            qcore.evaluate(model, ids, **wrong)
+    with pytest.raises(ConfigError, match="text is a int, expected a string or a tensor"):
+        qcore.evaluate(model, 5)
+
+
 def test_overrides_take_every_form(llama):
     overrides = ["q_proj:bits=8", {"pattern": "k_proj", "bits": 3}, Override(pattern="v_proj", skip=True)]
     layers = {

@@ -4,7 +4,8 @@ import torch
 import qcore
 from qcore import ConfigError, RunError, plan
 from qcore import memory as room
-from qcore.memory import Ferry, keeper, parse_bytes, plan_room
+from qcore.config import parse_bytes
+from qcore.memory import Ferry, keeper, plan_room
 from qcore.run import _halves
 from qcore.testing import TinyModel, tiny_tokens
 
@@ -17,12 +18,12 @@ SETTINGS = {"group_size": 32, "calibration": tiny_tokens(), "adapter": TinyModel
     [(None, None), (2**30, 2**30), ("4GiB", 4 * 2**30), ("4 gb", 4 * 10**9), ("1.5MiB", 3 * 2**19), ("2000000", 2 * 10**6)],
 )  # fmt: skip
 def test_sizes_are_bytes_or_text_with_a_unit(given, size):
-    assert parse_bytes(given) == size
+    assert parse_bytes(given, "max_memory") == size
 
 
 @pytest.mark.parametrize("given", ["", "GiB", "4 parsecs", "-1GiB", -5, 0, "12", True, 1.5, "1e9", "4GiBs"])
 def test_other_sizes_are_refused_with_what_is_expected(given):
-    with pytest.raises(ConfigError, match=r"max_memory=.*(expected bytes|less than 1 MiB)"):
+    with pytest.raises(ConfigError, match=r"max_memory=.*(expected bytes|expected 1048576 at least)"):
         qcore.quantize(TinyModel(), "gptq", max_memory=given, **SETTINGS)
 
 

@@ -229,7 +229,10 @@ def test_weight_files_stay_below_the_size_asked_for_and_are_indexed(folders, tmp
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
 
 
-@pytest.mark.parametrize(("format", "size", "says"), [("gguf", 10**6, "is one file"), ("gptq", 0, "a number of bytes")])
+@pytest.mark.parametrize(
+    ("format", "size", "says"),
+    [("gguf", 10**6, "is one file"), ("gptq", 0, "shard_bytes=0 is 0 bytes, expected 1 at least")],
+)
 def test_a_size_of_shards_that_cannot_be_is_refused(folders, tmp_path, format, size, says):
     with pytest.raises(qcore.ConfigError, match=says):
         qcore.convert(folders(4), tmp_path / "out", format, shard_bytes=size)
