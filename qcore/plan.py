@@ -67,11 +67,14 @@ class Job:
         self.dtype = compute_dtype(stored_dtype(folder) if folder else model_dtype(model), device)  # of the computation
         kept, widths = tokens * (1 + algorithm.float_stream), _widths(model, self.linears)
         room = ranks.first(lambda: plan_room(device, limit, kept, seqlen, *widths, self.dtype.itemsize))
-        algorithm.processes = 1
+
+        def batch_of(processes: int) -> int:
+            algorithm.processes = processes
+            return batch_size or algorithm.batch_size or room.batch_size
+
         #: sequences per forward pass if it were one process: a journal is any number's
-        self.batch_size_alone = batch_size or algorithm.batch_size or room.batch_size
-        algorithm.processes = 1 if ranks.deterministic else ranks.size
-        self.room = replace(room, batch_size=batch_size or algorithm.batch_size or room.batch_size)
+        self.batch_size_alone = batch_of(1)
+        self.room = replace(room, batch_size=batch_of(1 if ranks.deterministic else ranks.size))
         #: tells plugins of the run, by a hook's name and facts
         self.tell: Callable[..., object] = plugins.call if ranks.rank == 0 else nobody
 
@@ -159,11 +162,12 @@ def check_model(model: nn.Module, folder: ModelFolder | None) -> None:
 
 def check_format(job: Job, exporter: Exporter) -> None:
     """Refuse, before any work, what the wanted format cannot hold."""
-    if not job.specs():
+    specs = job.specs()
+    if not specs:
         raise ConfigError("overrides keep every linear in float: there is nothing to quantize.")
     config = getattr(job.model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}  # type: ignore[union-attr]
-    for spec, reason in refusals(exporter, job.specs(), described):
+    for spec, reason in refusals(exporter, specs, described):
         if spec is None:
             raise ConfigError(f"format {exporter.name!r} cannot hold this plan: {reason}. Choose another format.")
         raise ConfigError(

@@ -65,14 +65,15 @@ INLINE void unpack(int bits, int offset, int64_t blocks, const uint8_t *from, ui
     }
 }
 
-static int fits(int bits, int64_t blocks, const void *codes, const void *d, const void *packed) {
-    return (bits == 4 || bits == 5 || bits == 8) && blocks > 0 && codes && d && packed && (uintptr_t)d % 2 == 0;
+static int fits(int bits, int64_t blocks, const void *codes, const void *d, const void *m, const void *packed) {
+    if ((bits != 4 && bits != 5 && bits != 8) || (bits == 8 && m)) return 0;
+    return blocks > 0 && codes && d && packed && (uintptr_t)d % 2 == 0 && (uintptr_t)m % 2 == 0;
 }
 
 #define EACH(CASE) CASE(4, 0) CASE(4, 1) CASE(5, 0) CASE(5, 1) CASE(8, 0)
 
 int qc_pack_blocks(int bits, int64_t blocks, const uint8_t *codes, const uint16_t *d, const uint16_t *m, uint8_t *packed) {
-    if (!fits(bits, blocks, codes, d, packed) || (bits == 8 && m) || (uintptr_t)m % 2) return QC_BAD_ARGUMENT;
+    if (!fits(bits, blocks, codes, d, m, packed)) return QC_BAD_ARGUMENT;
 #define CASE(b, offset) \
     if (bits == b && !m == !offset) pack(b, offset, blocks, codes, d, m, packed);
     EACH(CASE)
@@ -81,7 +82,7 @@ int qc_pack_blocks(int bits, int64_t blocks, const uint8_t *codes, const uint16_
 }
 
 int qc_unpack_blocks(int bits, int64_t blocks, const uint8_t *packed, uint8_t *codes, uint16_t *d, uint16_t *m) {
-    if (!fits(bits, blocks, codes, d, packed) || (bits == 8 && m) || (uintptr_t)m % 2) return QC_BAD_ARGUMENT;
+    if (!fits(bits, blocks, codes, d, m, packed)) return QC_BAD_ARGUMENT;
 #define CASE(b, offset) \
     if (bits == b && !m == !offset) unpack(b, offset, blocks, packed, codes, d, m);
     EACH(CASE)

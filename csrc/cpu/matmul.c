@@ -39,7 +39,7 @@
 #define CACHED 262144         /* bytes of x that are multiplied with several tiles before the next come */
 #define UNROLL _Pragma("GCC unroll 16")
 
-#define SEGMENT 8    /* blocks whose products 32 bits hold: 256 columns * 2^15 * 2^7 */
+#define SEGMENT 8 /* blocks whose products 32 bits hold: 256 columns * 2^15 * 2^7 */
 typedef float panel_float; /* an element of a panel: a float, or a pair of numbers of 16 bits */
 typedef void (*Parallel)(void (*work)(void *), void *job, unsigned threads, unsigned flags); /* GOMP_parallel */
 

@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -264,13 +264,14 @@ class Tuning:
         wanted = min(len(targets), max(1, iters // 100))
         self.subset = [i * len(targets) // wanted for i in range(wanted)]
         self.losses = torch.zeros(iters, device=self.block.device)  # of each step, looked at only at the end
-        self.processes = Processes()
-        if (
-            len(targets[0]) * self.processes.count != self.params.bs
-        ):  # batches are whole ones: every process does the same
-            self.processes = Processes(alone=True)
+        #: the processes that share each batch of a step; batches may be whole ones, and then each does the same
+        self.ranks = Ranks()
+        if len(targets[0]) * self.ranks.size != self.params.bs:
+            self.ranks = Ranks.alone()
         self.rates, unmatched = rates_by_linear(self.params.layer_lr, list(roundings))
-        self.processes.agree([x for each in roundings.values() for x in (each.W, each.low, each.high)])
+        for each in roundings.values():
+            for tensor in (each.W, each.low, each.high):  # one by one: together they would be copied first
+                self.ranks.send([tensor], 0)
         #: the quantized weights as they are: what each step's gradients are of
         self.weights = {name: each.weight(self.dtype).requires_grad_() for name, each in roundings.items()}
         with self._surroundings():
@@ -308,13 +309,19 @@ class Tuning:
             output, error, _ = self._error(next(batches), self.weights)
             self.losses[step] += mean_square(error)
             output.backward(error.div_(self.unit).to(output.dtype))
-        self.processes.add_up(self.weights.values())
+        self._add_up()
         for name, rounding in self.roundings.items():
             weight, rate = self.weights[name], decay * self.rates[name]
             if weight.grad is not None:  # else an expert that no token of these batches went to
                 minmax_lr = params.minmax_step_size * rate if params.enable_minmax_tuning else None
                 rounding.update(weight.grad, params.step_size * rate, minmax_lr, weight.detach())
                 weight.grad = None
+
+    def _add_up(self) -> None:
+        """Add up gradients over the processes; a weight that none of this one's tokens went to counts as 0."""
+        for weight in self.weights.values() if self.ranks.size > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            self.ranks.sum([weight.grad])
 
     def _rough_modules(self) -> list[nn.Module]:
         """Return the linears whose gradients are to be products of shorter numbers."""
@@ -328,7 +335,7 @@ class Tuning:
     def _drawn(self) -> Iterator[Batch]:
         """Yield the batches that the steps work on."""
         numbers = shuffled(len(self.targets), torch.Generator().manual_seed(self.block.seed))
-        batches = map(self._batch, self.processes.own(numbers))
+        batches = map(self._batch, itertools.islice(numbers, self.ranks.rank, None, self.ranks.size))
         return machine.beside(batches, self.block.device) if self.block.device.type == "cuda" else batches
 
     def _batch(self, number: int) -> Batch:
@@ -365,7 +372,7 @@ class Tuning:
         found = [self._error(self._batch(number), self.weights)[1:] for number in self.subset]
         total = sum(mean_square(error) * error.numel() for error, _ in found)
         loss = total / max(1.0, sum(error.numel() * share for error, share in found))
-        self.processes.agree([loss])
+        self.ranks.send([loss], 0)
         return float(loss)
 
     def _failed(self, step: int, best_step: int) -> str:
@@ -393,29 +400,6 @@ def rates_by_linear(layer_lr: Mapping[str, float], names: Sequence[str]) -> tupl
 def mean_square(x: Tensor) -> Tensor:
     """Return the mean square, in float32 without a float32 copy of x."""
     return torch.linalg.vector_norm(x, dtype=torch.float32).square() / x.numel()
-
-
-class Processes:
-    """The processes that share each batch of a step: those of torch.distributed's group, or one alone."""
-
-    def __init__(self, alone: bool = False) -> None:
-        self.ranks = Ranks.alone() if alone else Ranks()
-        self.count = self.ranks.size
-
-    def own(self, items: Iterator[int]) -> Iterator[int]:
-        """Of things dealt out in turn, those of this process."""
-        return itertools.islice(items, self.ranks.rank, None, self.count)
-
-    def add_up(self, weights: Iterable[Tensor]) -> None:
-        """Add up gradients over the processes; a weight that none of this one's tokens went to counts as 0."""
-        for weight in weights if self.count > 1 else ():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            self.ranks.sum([weight.grad])
-
-    def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Give all the values that the first process has."""
-        for tensor in tensors if self.count > 1 else ():
-            self.ranks.send([tensor], 0)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
