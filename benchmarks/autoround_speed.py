@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import qcore
-from qcore import blocks, model
+from qcore import blocks, streaming
 from qcore.cli import parse_options
 from qcore.plugins import Plugins, installed
 from qcore.testing import tiny_transformer
@@ -81,11 +81,11 @@ class Watch:
         self.parts.clear()
 
 
-def watch_parts(watch: Watch) -> None:
-    """Name the parts of the work."""
+def parts() -> list[tuple[Any, str, str]]:
+    """The parts of the work: whose method each is, and its name here."""
     tuning = __import__(installed().get("algorithm", "autoround").__module__, fromlist=["Tuning"])
-    for owner, method, name in (
-        (model.ModuleWeights, "bring", "bring"),
+    return [
+        (streaming.ModuleWeights, "bring", "bring"),
         (blocks.Block, "float_outputs", "targets"),
         (tuning, "find_starts", "start"),
         (tuning.Tuning, "run", "steps"),
@@ -94,8 +94,7 @@ def watch_parts(watch: Watch) -> None:
         (tuning.AutoRound, "quantize_block", "results"),
         (blocks.Block, "replace", "send on"),
         (blocks.Block, "advance", "send on"),
-    ):
-        watch.part(owner, method, name)
+    ]
 
 
 def main() -> None:
@@ -117,7 +116,8 @@ def main() -> None:
     tokens = list(torch.randint(0, 4096, (arguments.samples, arguments.seqlen), generator=generator))
     watch, plugins = Watch(device), Plugins()
     plugins.manager.register(watch)
-    watch_parts(watch)
+    for owner, method, name in parts():
+        watch.part(owner, method, name)
 
     def run() -> list[torch.Tensor]:
         """Quantize a fresh model; return what its linears hold."""

@@ -30,7 +30,7 @@ from qcore_plugins.algorithms import gptq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcore
-from qcore import blocks, model, ranks, run
+from qcore import blocks, ranks, run, streaming
 from qcore.cli import parse_options
 from qcore.journal import Journal
 from qcore.tools.probe import _peak, _reset_peaks
@@ -121,7 +121,7 @@ TIMED = [
     (gptq, "solve_with", "solve"),
     (gptq, "relative_error", "error of the report"),
     (QuantizedWeight, "dequantize", "dequantize"),
-    (model.FolderWeights, "bring", "fetch weights"),
+    (streaming.FolderWeights, "bring", "fetch weights"),
     (blocks.Block, "observe", "walk"),
     (blocks.Block, "advance", "walk"),
     (run, "_quantize", "quantize, the rest"),

@@ -196,3 +196,12 @@ def test_generation_on_a_cpu_is_measured_beside_float_weights(llama_folder, tmp_
     assert list(rows) == ["float32 weights", "bfloat16 weights", "qcore", "qcore, fast", "qcore, fast, bfloat16"]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+
+
+@pytest.mark.parametrize("name", ["autoround_speed", "gptq_speed"])
+def test_what_the_speed_benchmarks_time_is_there(name):
+    module = script(name)
+    timed = module.parts() if name == "autoround_speed" else module.TIMED
+    assert len(timed) > 8
+    for owner, method, _ in timed:
+        assert callable(getattr(owner, method)), (owner, method)

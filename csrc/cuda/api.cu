@@ -8,10 +8,11 @@ using namespace qcore;
 namespace {
 
 constexpr int64_t MAX_N = 1 << 24, MAX_K = 1 << 20, MAX_M = 1 << 24; // products of tiles and chunks stay in 32 bits
-constexpr int MAX_DEVICES = 64;
 constexpr int DECODE_TOKENS = 32; // the most that decode kernels are compiled for
-// Up to so many tokens decode is the fastest, and up to DECODE_TOKENS where the weight is small (README.md: measured).
+// Up to so many tokens decode is the fastest (README.md: measured); of a large weight wgmma is from half as many on, and of a
+// small one, where there is no wgmma, decode is up to DECODE_TOKENS.
 constexpr int DECODE_AUTO = 16;
+constexpr int64_t LARGE_WEIGHT = 1 << 27;
 #ifdef QC_SM90A
 constexpr bool WITH_SM90A = true;
 #else
@@ -35,7 +36,7 @@ int read_device(Device& device) {
     v = uint64_t(sms) | uint64_t(major) << 16 | uint64_t(shared_bytes) << 32;
     known[id].store(v, std::memory_order_relaxed);
   }
-  device.sms = v & 0xFFFF, device.major = v >> 16 & 0xFFFF, device.shared_bytes = int(v >> 32);
+  device.id = id, device.sms = v & 0xFFFF, device.major = v >> 16 & 0xFFFF, device.shared_bytes = int(v >> 32);
   return device.major < 8 ? QC_BAD_DEVICE : QC_OK;
 }
 
@@ -193,8 +194,8 @@ int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_
   if (kernel == QC_AUTO) kernel = QC_DECODE; // the one there is
 #endif
   if (kernel == QC_AUTO) {
-    if (m <= DECODE_AUTO || bits < 4 || (m <= DECODE_TOKENS && n * k <= SMALL_WEIGHT)) kernel = QC_DECODE;
-    else kernel = hopper ? QC_WGMMA : QC_TILE;
+    const int most = hopper ? n * k < LARGE_WEIGHT ? DECODE_AUTO : DECODE_AUTO / 2 : n * k <= SMALL_WEIGHT ? DECODE_TOKENS : DECODE_AUTO;
+    kernel = bits < 4 || m <= most ? QC_DECODE : hopper ? QC_WGMMA : QC_TILE;
   }
   const auto s = static_cast<cudaStream_t>(stream);
   const auto half_args = make_args<__half>(m, n, k, group_size, asym, x, ldx, packed, meta, bias, y, ldy);

@@ -382,15 +382,16 @@ struct GroupOf {
 // shares one tile only, as long as that leaves few blocks idle.
 struct WorkSplit {
   int k_units, parts, blocks;
-  int64_t units;
+  int64_t units, each, longer; // units a block; so many blocks have one more
   WorkSplit() = default;
   WorkSplit(int64_t tiles, int k_units, int sms) : k_units(k_units), units(tiles * k_units) {
     const int64_t even = tiles <= sms ? sms / tiles : 0;
     parts = even * tiles * 10 >= sms * 9 && even <= k_units ? int(even) : 0;
     blocks = parts ? int(parts * tiles) : int(units < sms ? units : sms);
+    each = units / blocks, longer = units % blocks;
   }
   __device__ int64_t first_unit(int block) const {
-    return parts ? int64_t(block / parts) * k_units + block % parts * k_units / parts : block * units / blocks;
+    return parts ? int64_t(block / parts) * k_units + block % parts * k_units / parts : block * each + (block < longer ? block : longer);
   }
 };
 
@@ -410,7 +411,8 @@ template <typename T> struct Args {
 };
 
 // What the launchers need to know of the current device.
-struct Device { int sms, shared_bytes, major; };
+constexpr int MAX_DEVICES = 64;
+struct Device { int id, sms, shared_bytes, major; };
 
 inline int launch_status() {
   const cudaError_t error = cudaGetLastError();

@@ -77,7 +77,7 @@ int qc_matmul(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t grou
               const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias,
               void* y, int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel, int flags, void* stream);
 /* benchmarks and tests only: qc_matmul with the kernel's own choices given, 0 = leave it. row_tiles: of QC_DECODE 2, 4, 8;
-   of QC_TILE 2, 4; of QC_WGMMA 232, 264, 1128, 1256 (hopper_instances.cuh). warps: of QC_DECODE 8, 16 */
+   of QC_TILE 2, 4; of QC_WGMMA e.g. 311284: 3 warpgroups, 1 row block each, 128 tokens, split in 4 (hopper_instances.cuh). warps: of QC_DECODE 8, 16 */
 int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_t group_size, int asym,
                     const void* x, int64_t ldx, const void* packed, const void* meta, const void* bias, void* y,
                     int64_t ldy, void* workspace, int64_t workspace_bytes, int kernel, int flags, int row_tiles,

@@ -24,7 +24,7 @@ MAX_ROWS, MAX_COLUMNS = 1 << 24, 1 << 20  # of a weight: the limits of the C ABI
 MAX_PADDING = 2.0  # groups that padding would make larger than by this are refused: they would save no memory
 
 AUTO, WGMMA = 0, 3  # values of qc_matmul's `kernel`
-DECODE_MAX = 16  # tokens up to which every kernel that AUTO takes does without a workspace
+DECODE_MAX = 8  # tokens up to which every kernel that AUTO takes does without a workspace
 NARROW_MAX = 32  # tokens that 2 and 3 bits are compiled for; beyond, the weight is made and torch multiplies
 # Where there is no wgmma: tokens up to which the mma.sync kernels are used. Beyond, making the weight for torch to multiply
 # was faster (csrc/cuda/README.md: 67 against 98 µs at 256, about equal at 128; measured on an H200, others may differ).
@@ -182,9 +182,9 @@ define_product(
 
 #: times as fast as fp16 torch.matmul by (bits, act-order) and tokens: 4096 -> 11008, group 128, on an H200
 SPEEDS: dict[tuple[int, bool], dict[int, float]] = {
-    (4, False): {1: 2.33, 4: 2.36, 8: 2.25, 16: 1.58, 32: 1.42, 64: 1.14, 128: 0.85, 256: 0.75, 1024: 0.95},
-    (4, True): {1: 1.98, 16: 1.45, 64: 1.03, 256: 0.69},
-    (8, False): {1: 1.52, 16: 1.26, 64: 1.04, 256: 0.76},
+    (4, False): {1: 2.31, 4: 2.36, 8: 2.26, 16: 1.60, 32: 1.61, 64: 1.43, 128: 1.09, 256: 0.93, 1024: 0.93},
+    (4, True): {1: 1.96, 16: 1.46, 64: 1.24, 256: 0.83},
+    (8, False): {1: 1.52, 16: 1.18, 64: 1.16, 256: 0.83, 1024: 0.90},
     (3, False): {1: 1.67, 16: 1.44, 32: 0.96, 64: 0.45, 256: 0.55, 1024: 0.85},
 }
 MEASURED_ON = (9, 0)  # the compute capability

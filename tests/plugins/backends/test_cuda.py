@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import re
+import shutil
 import stat
+import subprocess
 import types
 
 import pytest
@@ -424,6 +427,19 @@ def test_the_architectures_can_be_named(on_a_gpu, fake_nvcc, monkeypatch):
             native.build(print)
 
 
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_wgmma_waits_for_the_one_before(bits, tmp_path):
+    """ptxas says so when it must; the code is right then, and slower by a fifth."""
+    done = subprocess.run(
+        ["nvcc", *native.FLAGS, "-DQC_SM90A", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-c",
+         CUDA.sources / f"hopper_{bits}.cu", "-o", tmp_path / "o"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Compiling entry function") == 2 * len(wgmma_shapes())
+    assert "serialized" not in done.stderr
+
+
 def test_a_missing_nvcc_says_where_to_get_it(on_a_gpu, monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(BackendError, match="Install the CUDA toolkit"):
@@ -498,6 +514,66 @@ def test_any_number_of_tokens_is_right_and_repeats_bit_for_bit(backend, bits, dt
         assert (y.double() - expected).norm() <= (1e-3 if dtype == torch.float16 else 8e-3) * expected.norm(), m
         for _ in range(3):
             assert torch.equal(multiply(x), y), m
+
+
+TUNED = (
+    "bits dtype m# n# k# group_size# asym x* ldx# packed* meta* bias* y* ldy# workspace* workspace_bytes# kernel flags"
+    " row_tiles warps stream*"
+)
+
+
+def wgmma_shapes():
+    """Warpgroups, row blocks and tokens of the kernels that are compiled for Hopper."""
+    listed = (CUDA.sources / "hopper_instances.cuh").read_text()
+    return [tuple(map(int, found)) for found in re.findall(r"X\((\d+), (\d+), (\d+), \d+\)", listed)]
+
+
+def test_the_launcher_for_tests_is_that_of_the_header(declared_in):
+    assert declared_in(CUDA.sources / "qcore_cuda.h")["qc_matmul_tuned"] == TUNED
+    assert len(wgmma_shapes()) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", wgmma_shapes())
+def test_every_wgmma_kernel_is_right_however_its_tiles_are_shared(backend, shape, bits, dtype, sym):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    functions = {**CUDA.functions, "qc_matmul_tuned": (ctypes.c_int, TUNED)}
+    tuned = Native(name="cuda", abi=CUDA.abi, flags=CUDA.flags, functions=functions)
+    library = ctypes.CDLL(native.load()._name)
+    library.qc_error_string.restype = ctypes.c_char_p
+    library.qc_matmul_tuned.argtypes = [{"#": ctypes.c_int64, "*": ctypes.c_void_p}.get(each[-1], ctypes.c_int) for each in TUNED.split()]  # fmt: skip
+    workspace = torch.zeros(native.load().qc_workspace_bytes(), dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    warpgroups, row_blocks, tokens = shape
+    for (out, columns), group_size in itertools.product([(1000, 1096), (40, 96), (4096, 1024)], [32, 64, 128, -1]):
+        weight = random_weight(out, columns, QuantConfig(bits=bits, group_size=group_size, sym=sym))
+        made = backend.prepare(weight, spec_for(weight, dtype))
+        W = weight.to("cuda").dequantize(torch.float64)
+        for m, split in itertools.product([1, tokens - 1, tokens + 5], range(6)):
+            x = torch.randn(m, columns, device="cuda", dtype=dtype)
+            variant = warpgroups * 100000 + row_blocks * 10000 + tokens * 10 + split
+            results = []
+            for _ in range(2):
+                y = torch.full((m + 1, out + 8), 9.0, device="cuda", dtype=dtype)
+                status = tuned.call(
+                    library, "qc_matmul_tuned", bits, cuda.DTYPES[dtype], m, out, columns, group_size, not sym, x.data_ptr(), columns,
+                    made["packed"].data_ptr(), made["meta"].data_ptr(), None, y.data_ptr(), out + 8, workspace.data_ptr(),
+                    workspace.numel(), cuda.WGMMA, 0, variant, 0, stream, accept=native.BAD_VARIANT,
+                )  # fmt: skip
+                results.append(y)
+            if status:  # fewer stages than blocks to share them
+                assert split > -(-columns // (64 if tokens > 128 else 128)), (m, split)
+                continue
+            where = (out, columns, group_size, m, split)
+            assert torch.equal(*results), where
+            y, expected = results[0][:m, :out], x.double() @ W.t()
+            assert (y.double() - expected).norm() <= (1e-3 if dtype == torch.float16 else 8e-3) * expected.norm(), where
+            assert (results[0][m:] == 9).all(), where
+            assert (results[0][:, out:] == 9).all(), where
 
 
 @pytest.mark.gpu
