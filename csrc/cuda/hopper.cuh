@@ -294,6 +294,16 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
       const int64_t place = 2 * block + (first_unit(block) < tile_begin);
       return reinterpret_cast<float4*>(workspace) + place * vectors * CONSUMERS + thread;
     };
+    auto add = [&](int block) {
+      const float4* theirs = part(block);
+#pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++)
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; i++) {
+          const float4 v = __ldcg(theirs + (r * SUMS / 4 + i) * CONSUMERS);
+          d[r][4 * i] += v.x, d[r][4 * i + 1] += v.y, d[r][4 * i + 2] += v.z, d[r][4 * i + 3] += v.w;
+        }
+    };
     if (last - first == 1) { // of two, the later one adds the other's sums to those in its registers: the order does not matter
       if (thread == 0) arrived = *static_cast<volatile int*>(counters + first), __threadfence();
       consumers_meet();
@@ -301,14 +311,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
       consumers_meet(); // before `arrived` is written again
       if (other_was_here) {
         if (thread == 0) counters[first] = 0;
-        const float4* theirs = part(blockIdx.x == first ? last : first);
-#pragma unroll
-        for (int r = 0; r < ROW_BLOCKS; r++)
-#pragma unroll
-          for (int i = 0; i < SUMS / 4; i++) {
-            const float4 v = __ldcg(theirs + (r * SUMS / 4 + i) * CONSUMERS);
-            d[r][4 * i] += v.x, d[r][4 * i + 1] += v.y, d[r][4 * i + 2] += v.z, d[r][4 * i + 3] += v.w;
-          }
+        add(blockIdx.x == first ? last : first);
         return true;
       }
     }
@@ -333,16 +336,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
     for (int r = 0; r < ROW_BLOCKS; r++)
 #pragma unroll
       for (int i = 0; i < SUMS; i++) d[r][i] = 0;
-    for (int block = first; block <= last; block++) {
-      const float4* theirs = part(block);
-#pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++)
-#pragma unroll
-        for (int i = 0; i < SUMS / 4; i++) {
-          const float4 v = __ldcg(theirs + (r * SUMS / 4 + i) * CONSUMERS);
-          d[r][4 * i] += v.x, d[r][4 * i + 1] += v.y, d[r][4 * i + 2] += v.z, d[r][4 * i + 3] += v.w;
-        }
-    }
+    for (int block = first; block <= last; block++) add(block);
     return true;
   };
 
