@@ -26,7 +26,7 @@ from .evaluation import EvalTask, measure, windows_of
 from .experts import unfuse
 from .exporter import Exporter
 from .fast import accelerate
-from .files import check_manifest, check_output, complete_folder, disk_errors, read_json, write_manifest
+from .files import check_manifest, check_output, complete_folder, disk_errors, local_path, read_json, write_manifest
 from .journal import Journal, calibration_facts, fingerprint, model_digest, renamed, same_everywhere
 from .linear import QuantLinear, replace_module
 from .loading import load_quantized
@@ -97,7 +97,7 @@ def quantize(
     samples, seqlen, batch_size, seed = sizes.samples, sizes.seqlen, sizes.batch_size, sizes.seed
     algorithm = _algorithm(plugins, algo, params)
     exporter: Exporter = plugins.get("format", format)
-    target = None if output is None else Path(output)
+    target = None if output is None else local_path(output, "output")
     if target is not None:
         check_output(target)
     place, limit = pick_device(device), parse_bytes(max_memory, "max_memory", LEAST_MEMORY)
@@ -265,7 +265,7 @@ def save(
     """
     plugins = plugins or installed()
     exporter = in_shards(plugins.get("format", format), shard_bytes)
-    target = Path(folder)
+    target = local_path(folder, "folder")
     with content_of(model, tokenizer) as content, complete_folder(target) as draft:
         exporter.save(content, draft)
         if manifest:
@@ -300,6 +300,8 @@ def load(
     plugins = plugins or installed()
     if not isinstance(dtype, (torch.dtype, type(None))):
         raise ConfigError(f"dtype={dtype!r}: expected a torch.dtype, for instance torch.float16.")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"tokens={tokens!r}: expected a whole number from 1, how many a product will mostly have.")
     folder = resolve_model(str(model), plugins, revision)
     exporter, content = open_content(folder, plugins)
     backends, wanted = backends_for(backend, plugins)
@@ -432,7 +434,7 @@ def report(model: nn.Module | str | Path) -> dict[str, Any]:
         if info is None:
             raise ModelError(f"{type(model).__name__} was not made by qcore, so there is no report.")
         return info.report
-    path = Path(model).resolve()
+    path = local_path(model, "model").resolve()
     if path in _LAST_REPORTS:
         return _LAST_REPORTS[path]
     if not (path / PROVENANCE).is_file():
@@ -445,7 +447,7 @@ def inspect(folder: str | Path, plugins: Plugins | None = None) -> dict[str, Any
 
     Raises CheckpointError when the folder is damaged or not quantized.
     """
-    path = Path(folder)
+    path = local_path(folder, "folder")
     exporter, content = open_content(path, plugins)
     files = content.source or ModelFolder(path)
     weights = sum(layer.in_features * layer.out_features for layer in content.layers.values())

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, ModelError, first_line, name_list
-from .files import Flusher, check_inside, disk_errors, read_json, write_json
+from .files import Flusher, check_inside, disk_errors, local_path, read_json, write_json
 from .packing import roomy
 
 if TYPE_CHECKING:
@@ -311,8 +311,8 @@ def resolve_model(model: str, plugins: Plugins, revision: str | None = None) -> 
     cache = Path(os.environ.get("QCORE_CACHE", Path.home() / ".cache" / "qcore"))
     for resolved in plugins.call("qcore_resolve_model", model=model, cache=cache):
         return Path(resolved)
-    if Path(model).exists():
-        return Path(model)
+    if (path := local_path(model, "model")).exists():
+        return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) is None or model.startswith("."):
         raise ModelError(f"there is no folder {model}, and it is not a hub name like org/name.")
     import huggingface_hub

@@ -71,6 +71,8 @@ def info_of(
 @contextmanager
 def content_of(model: nn.Module, tokenizer: Any = None) -> Iterator[Content]:
     """A quantized model in memory as the neutral stream that formats write."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a model with quantized linears, got {model!r:.80}.")
     names = Names(model)
     linears = {
         names.layer_on_disk(name): (name, module)

@@ -15,7 +15,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
+
+
+def local_path(given: str | os.PathLike[str], what: str) -> Path:
+    """Return a path that a caller gave, with ~ for the home; raises ConfigError for what is none, by the name of `what` it is."""
+    try:
+        return Path(given).expanduser()
+    except (TypeError, RuntimeError):  # RuntimeError: no such home
+        raise ConfigError(f"{what}={given!r}: expected a path, for instance 'out' or '~/models/out'.") from None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoint import ModelFolder
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, first_line
 from .experts import unfuse
 from .streaming import FolderWeights
 
@@ -194,13 +195,27 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+#: any of these is meant to be a tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any | None:
-    """Return the folder's tokenizer, or None when it has none."""
+    """Return the folder's tokenizer, or None when it has none, or none that the libraries here can read: a warning says so."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, TypeError):  # TypeError: an old kind that looks for files and finds None
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        TypeError,
+    ) as error:  # TypeError: an old kind that looks for files and finds None
+        if found := sorted(name for name in TOKENIZER_FILES if (folder / name).is_file()):
+            warnings.warn(
+                f"{folder} has {', '.join(found)}, but no tokenizer can be made of it: {first_line(error)}",
+                stacklevel=2,
+            )
         return None
     except Exception as error:  # the tokenizers library knows no other kind
         raise ModelError(f"the tokenizer of {folder} cannot be read: {error}") from error

@@ -486,3 +486,31 @@ def test_a_save_that_reads_back_differently_is_refused(llama, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj reads back with a different codes"):
         qcore.save(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_may_begin_at_home(llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(llama_folder, tmp_path / "float")
+    qcore.quantize("~/float", "rtn", group_size=32, output="~/models/out")
+    assert (tmp_path / "models/out/config.json").is_file()
+    assert qcore.inspect("~/models/out")["format"] == "gptq"
+    assert qcore.report("~/models/out")["algorithm"] == "rtn"
+    qcore.save(qcore.load("~/models/out"), "~/again")
+    assert (tmp_path / "again/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda out: qcore.save(None, "again"), qcore.ModelError, "expected a model with quantized linears, got None"),
+        (lambda out: qcore.save(qcore.load(out), None), ConfigError, "folder=None: expected a path"),
+        (lambda out: qcore.quantize(TinyModel(), "rtn", output=3), ConfigError, "output=3: expected a path"),
+        (lambda out: qcore.inspect(None), ConfigError, "folder=None: expected a path"),
+        (lambda out: qcore.load(out, tokens=0), ConfigError, "tokens=0: expected a whole number from 1"),
+        (lambda out: qcore.load(out, tokens="2"), ConfigError, "tokens='2': expected"),
+    ],
+)
+def test_what_is_no_path_no_model_and_no_number_is_named(llama_folder, tmp_path, call, error, message):
+    qcore.quantize(llama_folder, "rtn", group_size=32, output=tmp_path / "out")
+    with pytest.raises(error, match=message):
+        call(tmp_path / "out")

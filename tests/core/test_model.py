@@ -9,9 +9,9 @@ from torch import nn
 
 import qcore
 from qcore import CheckpointError, ModelError, ModelFolder
-from qcore.model import compute_dtype, load_float, skeleton, stored_dtype
+from qcore.model import compute_dtype, load_float, load_tokenizer, skeleton, stored_dtype
 from qcore.streaming import FolderWeights, ModuleWeights, match_keys
-from qcore.testing import tiny_transformer
+from qcore.testing import tiny_tokenizer, tiny_transformer
 
 CPU = torch.device("cpu")
 GPT2 = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -237,3 +237,16 @@ def test_threads_that_open_models_at_once_leave_each_other_and_new_modules_alone
     for number, model in enumerate(models):
         assert model.model.rotary_emb.inv_freq.equal(models[0].model.rotary_emb.inv_freq)
         assert all(parameter.is_meta == bool(number % 3) for parameter in model.parameters())
+
+
+def test_a_tokenizer_that_is_there_but_cannot_be_read_is_not_just_missing(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is not None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"has tokenizer\.json, but no tokenizer can be made of it: .*double quotes"):
+        assert load_tokenizer(tmp_path) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_folder_without_a_tokenizer_is_nothing_to_warn_of(tmp_path):
+    assert load_tokenizer(tmp_path) is None
