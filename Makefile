@@ -6,7 +6,10 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test test-interop lint install clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# what is compiled while qcore is installed is compiled anew when its sources change
+COMPILED := setup.py csrc/build.py $(wildcard csrc/cpu/*.c csrc/cpu/*.h)
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,test]"
