@@ -194,7 +194,9 @@ int qc_matmul_tuned(int bits, int dtype, int64_t m, int64_t n, int64_t k, int64_
   if (kernel == QC_AUTO) kernel = QC_DECODE; // the one there is
 #endif
   if (kernel == QC_AUTO) {
-    const int most = hopper ? n * k < LARGE_WEIGHT ? DECODE_AUTO : DECODE_AUTO / 2 : n * k <= SMALL_WEIGHT ? DECODE_TOKENS : DECODE_AUTO;
+    int most = DECODE_AUTO;
+    if (hopper && n * k >= LARGE_WEIGHT) most = DECODE_AUTO / 2;
+    if (!hopper && n * k <= SMALL_WEIGHT) most = DECODE_TOKENS;
     kernel = bits < 4 || m <= most ? QC_DECODE : hopper ? QC_WGMMA : QC_TILE;
   }
   const auto s = static_cast<cudaStream_t>(stream);

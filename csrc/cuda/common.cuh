@@ -382,10 +382,10 @@ struct GroupOf {
 // shares one tile only, as long as that leaves few blocks idle.
 struct WorkSplit {
   int k_units, parts, blocks;
-  int64_t units, each, longer; // units a block; so many blocks have one more
+  int64_t each, longer; // units a block; so many blocks have one more
   WorkSplit() = default;
-  WorkSplit(int64_t tiles, int k_units, int sms) : k_units(k_units), units(tiles * k_units) {
-    const int64_t even = tiles <= sms ? sms / tiles : 0;
+  WorkSplit(int64_t tiles, int k_units, int sms) : k_units(k_units) {
+    const int64_t units = tiles * k_units, even = tiles <= sms ? sms / tiles : 0;
     parts = even * tiles * 10 >= sms * 9 && even <= k_units ? int(even) : 0;
     blocks = parts ? int(parts * tiles) : int(units < sms ? units : sms);
     each = units / blocks, longer = units % blocks;
@@ -410,8 +410,9 @@ template <typename T> struct Args {
   GroupOf group_of;
 };
 
-// What the launchers need to know of the current device.
 constexpr int MAX_DEVICES = 64;
+
+// What the launchers need to know of the current device.
 struct Device { int id, sms, shared_bytes, major; };
 
 inline int launch_status() {

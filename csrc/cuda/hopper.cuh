@@ -382,6 +382,7 @@ template <typename Shape, typename T> int64_t hopper_clocks(const Args<T>& arg, 
   return 3800 + rounds * (div_up<int64_t>(steps, split) * Shape::CLOCKS + 2600 + 43 * part_kb);
 }
 
+// Launches the kernel; or, where `clusters` is given, says there how many clusters would run at a time, and launches nothing.
 template <int BITS, typename T, typename Shape>
 int launch_hopper(const Args<T>& arg, const Device& device, int split, void* workspace, cudaStream_t stream, int* clusters = nullptr) {
   constexpr int TILES = Shape::TILES, TOKENS = Shape::TOKENS;
@@ -425,16 +426,14 @@ int launch_hopper(const Args<T>& arg, const Device& device, int split, void* wor
   return error == cudaSuccess ? QC_OK : QC_CUDA_ERROR + error;
 }
 
-// How many clusters of `split` blocks the device can run at a time, 0 if none: asked for once. Blocks fill a multiprocessor each, so
-// they lie within groups of multiprocessors whose sizes differ from one GPU to the next.
+// How many clusters of `split` blocks the device can run at a time, 0 if none: asked for once, so `arg` must have `split` stages and the
+// answer is for every problem that has. Blocks fill a multiprocessor each, so they lie within groups of multiprocessors whose sizes differ from one GPU to the next.
 template <int BITS, typename T, typename Shape> int clusters_at_once(const Args<T>& arg, const Device& device, int split) {
   static std::atomic<int> known[MAX_DEVICES][MOST_SPLIT + 1]; // plus one
   std::atomic<int>& count = known[device.id][split];
   if (const int seen = count.load(std::memory_order_relaxed)) return seen - 1;
   int found = 0;
-  const int status = launch_hopper<BITS, T, Shape>(arg, device, split, nullptr, nullptr, &found);
-  if (status == QC_BAD_VARIANT) return 0; // for this problem
-  if (status) cudaGetLastError(), found = 0;
+  if (launch_hopper<BITS, T, Shape>(arg, device, split, nullptr, nullptr, &found)) cudaGetLastError(), found = 0;
   count.store(found + 1, std::memory_order_relaxed);
   return found;
 }

@@ -24,7 +24,7 @@ int hopper_with(const Args<T>& arg, const Device& device, int variant, void* wor
     consider(shape + STREAM_K, hopper_clocks<Shape>(arg, STREAM_K, device.sms));                                    \
     if (hopper_tiles<Shape>(arg) <= 64 * device.sms) { /* of more, one block more or less is nothing */             \
       consider(shape + WHOLE_TILES, hopper_clocks<Shape>(arg, WHOLE_TILES, device.sms));                            \
-      for (int split = 2; split <= MOST_SPLIT; split++)                                                             \
+      for (int split = 2; split <= min(MOST_SPLIT, div_up(arg.chunks, Shape::CHUNKS)); split++)                     \
         if (const int clusters = clusters_at_once<BITS, T, Shape>(arg, device, split))                              \
           consider(shape + split, hopper_clocks<Shape>(arg, split, clusters));                                      \
     }                                                                                                               \

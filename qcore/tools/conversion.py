@@ -20,7 +20,7 @@ from ..config import QuantConfig
 from ..content import open_content
 from ..errors import CheckpointError, name_list
 from ..exporter import Content, Exporter, LayerSpec
-from ..files import check_output, complete_folder, write_manifest
+from ..files import check_output, complete_folder, local_path, write_manifest
 from ..model import transposed_linears
 from ..plugins import Plugins, installed
 from ..saving import InexactError, in_shards
@@ -52,7 +52,7 @@ def convert(
     """
     plugins = plugins or installed()
     exporter = in_shards(plugins.get("format", format), shard_bytes)
-    target = Path(output)
+    target = local_path(output, "output")
     check_output(target)
     source, content = open_content(resolve_model(str(model), plugins, revision), plugins)
     facts: dict[str, Any] = {"from": source.name, "model": str(model), "lossy": {}}

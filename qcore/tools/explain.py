@@ -19,7 +19,7 @@ from ..config import LEAST_MEMORY, Override, QuantConfig, RunSizes, parse_bytes
 from ..discovery import _any_expert
 from ..experts import Experts
 from ..exporter import Exporter
-from ..files import check_output
+from ..files import check_output, local_path
 from ..model import longest, stored_dtype
 from ..plan import Job, check_format, shape_of
 from ..plugins import Plugins, installed
@@ -69,8 +69,9 @@ def explain(
     sizes = RunSizes.parse({"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}, "explain")
     samples, seqlen, batch_size, seed = sizes.samples, sizes.seqlen, sizes.batch_size, sizes.seed
     algorithm = _algorithm(plugins, algo, params)
-    if output is not None:
-        check_output(Path(output))
+    target = None if output is None else local_path(output, "output")
+    if target is not None:
+        check_output(target)
     network, folder = open_unquantized(str(model), True, place, trust_remote_code, None, plugins)
     assert folder is not None
     seqlen = min(seqlen, longest(network) or seqlen)
@@ -86,7 +87,7 @@ def explain(
         plan["disk"] = _disk(job, folder, exporter)
         if probe:
             opened = time.perf_counter() - started
-            scratch = None if output is None else Path(output).resolve().parent
+            scratch = None if target is None else target.resolve().parent
             tried = try_out(job, folder, exporter, samples, seqlen, scratch if scratch and scratch.is_dir() else None)
             plan |= {**tried, "seconds": opened + tried["seconds"], "parts": {"open": opened, **tried["parts"]}}
     return plan

@@ -12,6 +12,7 @@ from torch import nn
 from ..api import DEFAULT_FORMAT, inspect, save
 from ..content import open_content
 from ..errors import ModelError, first_line
+from ..files import local_path
 from ..plugins import Plugins, installed
 from .checking import check
 
@@ -45,7 +46,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, nn.Module):
             model = save(model, Path(scratch) / "model", format, plugins=plugins)
-        folder = Path(model)
+        folder = local_path(model, "model")
         open_content(folder, plugins)  # nothing that cannot be read again goes up
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
         files.setdefault(CARD, model_card(folder, repo_id, evaluation, plugins).encode())

@@ -13,6 +13,7 @@ from .. import api
 from ..content import open_content
 from ..errors import ConfigError
 from ..exporter import Content
+from ..files import local_path
 from ..plugins import Plugins, installed
 from .bench import tokens_per_second
 
@@ -35,8 +36,9 @@ def gather(
     plugins = plugins or installed()
     if reference is not None and text is None:
         raise ConfigError("a reference is measured on text: give text (--text) as well.")
+    folder = local_path(folder, "folder")
     found = api.inspect(folder, plugins)
-    _, content = open_content(Path(folder), plugins)
+    _, content = open_content(folder, plugins)
     layers = [{**layer, **place(layer["name"]), **outliers(content, layer["name"])} for layer in found["layers"]]
     measured = None
     if text is not None:
@@ -44,7 +46,7 @@ def gather(
             folder, text, reference=reference, seqlen=seqlen, windows=windows, device=device,
             trust_remote_code=trust_remote_code, plugins=plugins,
         )  # fmt: skip
-    name = Path(folder).resolve().name
+    name = folder.resolve().name
     return {**found, "name": name, "layers": layers, "measured": measured, "versions": versions()}
 
 

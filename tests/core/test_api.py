@@ -20,6 +20,8 @@ from qcore import (
 )
 from qcore.model import load_float
 from qcore.testing import TinyModel, tiny_tokens, tiny_transformer
+from qcore.tools.explain import explain
+from qcore.tools.reporting import gather
 
 SETTINGS = {"group_size": 32}
 
@@ -497,6 +499,10 @@ def test_paths_may_begin_at_home(llama_folder, tmp_path, monkeypatch):
     assert qcore.report("~/models/out")["algorithm"] == "rtn"
     qcore.save(qcore.load("~/models/out"), "~/again")
     assert (tmp_path / "again/config.json").is_file()
+    qcore.convert("~/again", "~/v2", "gptq_v2")
+    assert gather("~/v2")["name"] == "v2"
+    with pytest.raises(CheckpointError, match=r"out.* exists"):
+        explain("~/float", output="~/models/out")
 
 
 @pytest.mark.parametrize(

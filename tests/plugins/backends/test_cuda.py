@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -543,9 +544,7 @@ def test_every_wgmma_kernel_is_right_however_its_tiles_are_shared(backend, shape
         pytest.skip("needs a Hopper GPU")
     functions = {**CUDA.functions, "qc_matmul_tuned": (ctypes.c_int, TUNED)}
     tuned = Native(name="cuda", abi=CUDA.abi, flags=CUDA.flags, functions=functions)
-    library = ctypes.CDLL(native.load()._name)
-    library.qc_error_string.restype = ctypes.c_char_p
-    library.qc_matmul_tuned.argtypes = [{"#": ctypes.c_int64, "*": ctypes.c_void_p}.get(each[-1], ctypes.c_int) for each in TUNED.split()]  # fmt: skip
+    library = tuned.open(Path(native.load()._name))
     workspace = torch.zeros(native.load().qc_workspace_bytes(), dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     warpgroups, row_blocks, tokens = shape
